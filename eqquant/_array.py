@@ -1,0 +1,387 @@
+"""What a quantized array means: a logical array, its stored leaves, and how to make it dense."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
+
+from . import _sharding
+from ._dispatch import ImplicitArray, report_materialized
+from ._implicit import implicit
+from ._tiles import EACH, Leaf, Tile, Unaligned, constant_tile, spread
+
+
+_Scaled = TypeVar("_Scaled", bound="AbstractScaledArray")
+
+
+def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: "QuantizedArray", *others: Any) -> Any:
+        if not all(map(_is_operand, others)):
+            return NotImplemented
+        return implicit(function)(self, *others)
+
+    return method
+
+
+def _reflected(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: "QuantizedArray", other: Any) -> Any:
+        if not (_is_operand(other) and self.commute_ops):
+            return NotImplemented
+        return implicit(function)(other, self)
+
+    return method
+
+
+def _is_operand(x: Any) -> bool:
+    return isinstance(
+        x, (bool, int, float, complex, Array, np.ndarray, np.generic, ImplicitArray)
+    ) or hasattr(x, "__jax_array__")
+
+
+class QuantizedArray(ImplicitArray):
+    """An array whose values are stored in few bits.
+
+    It is used in place of a `jax.Array`: the operators, indexing and array methods below go
+    through the same rules as [`implicit`][eqquant.implicit] and keep the packed form where it can
+    be kept. `jax.numpy` functions accept it too, but JAX makes it dense first, with a
+    [`MaterializeWarning`][eqquant.MaterializeWarning]; call them inside `implicit` instead.
+
+    Only [`materialize`][eqquant.QuantizedArray.materialize], `shape` and `dtype` are abstract.
+    """
+
+    commute_ops: ClassVar[bool] = True
+    """Whether Python operators with a quantized array on the right (`2 * q`) are served."""
+
+    # NumPy leaves `numpy_array @ q` to us.
+    __array_priority__: ClassVar[int] = 1000
+
+    # ------------------------------------------------------------------------------ sizes
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the logical array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the logical array."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored leaves."""
+        return sum(map(leaf_nbytes, jtu.tree_leaves(self)))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales and padding included, for each logical element."""
+        return 8 * self.nbytes / self.size if self.size else 0.0
+
+    def __repr__(self) -> str:
+        try:
+            leaves = ", ".join(
+                f"{jtu.keystr(path, simple=True)}={leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+                for path, leaf in jtu.tree_leaves_with_path(self)
+            )
+            shape = ",".join(map(str, self.shape))
+            bits = f"{self.bits_per_weight:.4g} bits/weight"
+            return f"{type(self).__name__}({self.dtype}[{shape}], {bits}, {leaves})"
+        except (AttributeError, TypeError, IndexError):  # leaves replaced by None, masks, …
+            return eqx.tree_pformat(self)
+
+    # ------------------------------------------------------------------------- dense forms
+
+    def dequantize(self) -> Array:
+        """Alias of `materialize`."""
+        return self.materialize()
+
+    def __jax_array__(self) -> Array:
+        report_materialized("a jax.numpy function outside eqquant.implicit", [self])
+        return self.materialize()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("A quantized array has no dense buffer: np.asarray(q) must copy.")
+        return np.asarray(self.materialize(), dtype)
+
+    def delete(self) -> None:
+        """Frees the buffers of the stored leaves now. Does nothing under tracing."""
+        for leaf in jtu.tree_leaves(self):
+            if isinstance(leaf, Array) and not isinstance(leaf, jax.core.Tracer):
+                leaf.delete()
+
+    # ---------------------------------------------------------------------------- operators
+
+    __add__, __radd__ = _operator(operator.add), _reflected(operator.add)
+    __sub__, __rsub__ = _operator(operator.sub), _reflected(operator.sub)
+    __mul__, __rmul__ = _operator(operator.mul), _reflected(operator.mul)
+    __truediv__, __rtruediv__ = _operator(operator.truediv), _reflected(operator.truediv)
+    __floordiv__, __rfloordiv__ = _operator(operator.floordiv), _reflected(operator.floordiv)
+    __mod__, __rmod__ = _operator(operator.mod), _reflected(operator.mod)
+    __divmod__, __rdivmod__ = _operator(divmod), _reflected(divmod)
+    __pow__, __rpow__ = _operator(operator.pow), _reflected(operator.pow)
+    __matmul__, __rmatmul__ = _operator(operator.matmul), _reflected(operator.matmul)
+    __neg__, __pos__, __abs__ = _operator(operator.neg), _operator(operator.pos), _operator(abs)
+    __round__ = _operator(jnp.round)
+    __lt__, __le__ = _operator(operator.lt), _operator(operator.le)
+    __gt__, __ge__ = _operator(operator.gt), _operator(operator.ge)
+    __eq__ = _operator(operator.eq)  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    __ne__ = _operator(operator.ne)  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        return implicit(lambda x: x[index])(self)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a 0-d quantized array.")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self) -> bool:
+        return bool(self.materialize())
+
+    def __float__(self) -> float:
+        return float(self.materialize())
+
+    def __int__(self) -> int:
+        return int(self.materialize())
+
+    def __complex__(self) -> complex:
+        return complex(self.materialize())
+
+    # ------------------------------------------------------------------------- array methods
+
+    @property
+    def T(self) -> Any:
+        """The logical array with its axes in reverse order."""
+        return implicit(jnp.transpose)(self)
+
+    @property
+    def mT(self) -> Any:
+        """The logical array with its last two axes exchanged."""
+        return implicit(jnp.matrix_transpose)(self)
+
+    @property
+    def at(self) -> Any:
+        """`jax.Array.at` of the dense array: updated elements have no packed form."""
+        report_materialized("at", [self])
+        return self.materialize().at
+
+    def reshape(self, *shape: Any, **kwargs: Any) -> Any:
+        """As `jax.Array.reshape`; stays packed where tiles stay whole."""
+        return implicit(lambda x: x.reshape(*shape, **kwargs))(self)
+
+    def ravel(self) -> Any:
+        """As `jax.Array.ravel`."""
+        return self.reshape(-1)
+
+    def squeeze(self, axis: Any = None) -> Any:
+        """As `jax.Array.squeeze`."""
+        return implicit(lambda x: x.squeeze(axis))(self)
+
+    def transpose(self, *axes: Any) -> Any:
+        """As `jax.Array.transpose`; always stays packed."""
+        return implicit(lambda x: x.transpose(*axes))(self)
+
+    def swapaxes(self, axis1: int, axis2: int) -> Any:
+        """As `jax.Array.swapaxes`; always stays packed."""
+        return implicit(lambda x: x.swapaxes(axis1, axis2))(self)
+
+    def astype(self, dtype: Any) -> Any:
+        """As `jax.Array.astype`; stays packed for floating-point dtypes."""
+        return implicit(lambda x: x.astype(dtype))(self)
+
+    def dot(self, other: Any, **kwargs: Any) -> Any:
+        """As `jnp.dot(self, other)`."""
+        return implicit(lambda x, y: jnp.dot(x, y, **kwargs))(self, other)
+
+    def sum(self, axis: Any = None, **kwargs: Any) -> Any:
+        """As `jax.Array.sum`."""
+        return implicit(lambda x: x.sum(axis, **kwargs))(self)
+
+    def mean(self, axis: Any = None, **kwargs: Any) -> Any:
+        """As `jax.Array.mean`."""
+        return implicit(lambda x: x.mean(axis, **kwargs))(self)
+
+    def max(self, axis: Any = None, **kwargs: Any) -> Any:
+        """As `jax.Array.max`."""
+        return implicit(lambda x: x.max(axis, **kwargs))(self)
+
+    def min(self, axis: Any = None, **kwargs: Any) -> Any:
+        """As `jax.Array.min`."""
+        return implicit(lambda x: x.min(axis, **kwargs))(self)
+
+
+class AbstractScaledArray(QuantizedArray):
+    r"""A quantized array $x = s \circ v$: values $v$ from a small set, times a scale $s$ that is
+    constant on tiles.
+
+    Every stored leaf has the rank of the logical array, and each of its axes covers the matching
+    logical axis in equal tiles. From that alone follow transposition, slicing, broadcasting,
+    `vmap`, `scan` and sharding, for every format.
+
+    A format gives its fields, `shape`, and three methods: `values`, `leaves` and `with_leaves`.
+    """
+
+    scale: eqx.AbstractVar[Float[Array, "..."] | None]
+    """One number for each tile; None if all are 1."""
+    via: eqx.AbstractVar[tuple[np.dtype, ...]]
+    """The dtypes that the values were rounded to before they were cast to `dtype`."""
+
+    has_zero_code: ClassVar[bool] = False
+    """Whether a stored code of 0 means the value 0."""
+
+    def values(self, dtype: Any) -> Array:
+        """The values $v$, without scale, as a dense array of `dtype`."""
+        raise NotImplementedError(f"{type(self).__name__}.values is missing")
+
+    def leaves(self) -> dict[str, Leaf]:
+        """Every stored leaf by the name of its field, with its tiles."""
+        raise NotImplementedError(f"{type(self).__name__}.leaves is missing")
+
+    def with_leaves(self: _Scaled, leaves: dict[str, Leaf]) -> _Scaled:
+        """An array of these leaves, all else equal. Raises `Unaligned` if this format cannot
+        express their tiles."""
+        raise NotImplementedError(f"{type(self).__name__}.with_leaves is missing")
+
+    def with_dtype(self: _Scaled, dtype: np.dtype, via: tuple[np.dtype, ...]) -> _Scaled:
+        """An array of the same leaves with another logical dtype (see `cast`)."""
+        return dataclasses.replace(self, dtype=dtype, via=via)
+
+    def materialize(self) -> Array:
+        """The dense array of `shape` and `dtype`: the values times the scale, computed in float32
+        (float64 if `dtype` is), then rounded to `dtype`."""
+        return _materialize(self)
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        """What `materialize` computes in before it rounds."""
+        scale = jnp.float32 if self.scale is None else self.scale.dtype
+        return jnp.promote_types(jnp.promote_types(scale, jnp.float32), _float64_or_32(self.dtype))
+
+    # ------------------------------------------------------------------------------- sharding
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding | None:
+        """How the payload is laid out over devices; None under tracing."""
+        payload = next(leaf for leaf in self.leaves().values() if leaf.ordered).array
+        return None if isinstance(payload, jax.core.Tracer) else payload.sharding
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the leaves lie on more than one device."""
+        return self.sharding is not None and len(self.sharding.device_set) > 1
+
+    def with_sharding(self: _Scaled, sharding: NamedSharding | PartitionSpec | None) -> _Scaled:
+        """This array with payload and scale split together over devices.
+
+        **Arguments:**
+
+        - `sharding`: for the axes of the *logical* array. A `PartitionSpec` refers to the current
+            mesh (`jax.set_mesh`); None leaves the array as it is. Under tracing it is a
+            constraint, otherwise the leaves are moved.
+
+        **Raises:** `ValueError` if an axis cannot be split so: it names axis, tile and mesh.
+        """
+        if sharding is None:
+            return self
+        leaves = {
+            name: leaf._replace(array=_sharding.place(leaf, name, self.shape, sharding))
+            for name, leaf in self.leaves().items()
+        }
+        return self.with_leaves(leaves)
+
+    def reshard(self: _Scaled, sharding: NamedSharding | PartitionSpec | None) -> _Scaled:
+        """Alias of `with_sharding`."""
+        return self.with_sharding(sharding)
+
+    def with_mesh_and_axis(
+        self: _Scaled, mesh_and_axis: tuple[Mesh, PartitionSpec | Sequence[Any] | str | None]
+    ) -> _Scaled:
+        """`with_sharding` from a mesh and a spec: None (replicated), a `PartitionSpec`, a
+        sequence of axis names, or one name (for the first axis)."""
+        mesh, axis = mesh_and_axis
+        return self.with_sharding(NamedSharding(mesh, _sharding.as_spec(axis)))
+
+
+@jax.jit
+def _materialize_jit(array: AbstractScaledArray) -> Array:
+    x = array.values(array.compute_dtype)
+    if array.scale is not None:
+        x = x * spread(array.leaves()["scale"], array.shape).astype(x.dtype)
+    for dtype in (*array.via, array.dtype):
+        x = x.astype(dtype)
+    return x
+
+
+def _materialize(array: AbstractScaledArray) -> Array:
+    # One fused pass when called by itself; part of the surrounding program under tracing.
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves(array)):
+        return _materialize_jit.__wrapped__(array)
+    return _materialize_jit(array)
+
+
+def _float64_or_32(dtype: np.dtype) -> Any:
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def cast(array: AbstractScaledArray, dtype: Any) -> tuple[np.dtype, tuple[np.dtype, ...]]:
+    """The `dtype` and `via` of `array` cast to a floating-point `dtype`, value for value."""
+    chain = [array.compute_dtype, *array.via, array.dtype, jnp.dtype(dtype)]
+    for i in range(len(chain) - 2, 0, -1):  # a cast that lost nothing need not be remembered
+        if jnp.promote_types(chain[i - 1], chain[i]) == chain[i]:
+            del chain[i]
+    return chain[-1], tuple(chain[1:-1])
+
+
+def scale_leaf(scale: Any, shape: Sequence[int], block_size: int | None) -> Leaf:
+    """A scale of the rank of `shape`: along each axis one for all, one each, or one for every
+    `block_size` elements."""
+    tiles = []
+    for stored, length in zip(scale.shape, shape, strict=True):
+        if stored == 1:
+            tiles.append(constant_tile(length))
+        elif stored == length:
+            tiles.append(EACH)
+        else:
+            tiles.append(Tile(block_size or 0))
+    return Leaf(scale, tuple(tiles), ordered=False)
+
+
+def scale_block_size(leaf: Leaf) -> int | None:
+    """The inverse of `scale_leaf`: the one block size among the tiles of a scale."""
+    sizes = {
+        tile.size
+        for axis, tile in enumerate(leaf.tiles)
+        if tile.size > 1 and not leaf.is_constant_along(axis)
+    }
+    if len(sizes) > 1:
+        raise Unaligned
+    return sizes.pop() if sizes else None
+
+
+def leaf_nbytes(leaf: Any) -> int:
+    """Bytes of one stored array; sub-byte dtypes count as the bits they are."""
+    dtype = jnp.dtype(leaf.dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        bits = jnp.iinfo(dtype).bits
+    elif jnp.issubdtype(dtype, jnp.floating):
+        bits = jnp.finfo(dtype).bits
+    else:
+        bits = 8 * dtype.itemsize
+    return -(-math.prod(leaf.shape) * bits // 8)

@@ -1,0 +1,250 @@
+"""Every private or version-dependent name of JAX that eqquant uses, and nowhere else."""
+
+import contextlib
+import functools
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jaxtyping
+from jax._src import core as _core
+from jax._src import dispatch as _dispatch
+from jax._src import source_info_util as _source_info
+from jax._src.interpreters import partial_eval as _partial_eval
+from jax._src.sharding_impls import ShardingContext as _ShardingContext
+from jax._src.sharding_impls import SPMDAxisContext as _SPMDAxisContext
+from jax._src.sharding_impls import UnspecifiedValue as _UnspecifiedValue
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, primitives
+from jax.interpreters import ad, batching, mlir
+from plum._resolver import Resolver
+
+
+__all__ = [
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Primitive",
+    "Resolver",
+    "ad",
+    "apply_primitive",
+    "as_struct",
+    "batching",
+    "bind",
+    "custom_jvp_parts",
+    "custom_vjp_parts",
+    "equation_context",
+    "find_primitive",
+    "has_explicit_axes",
+    "is_partitioned",
+    "is_specified_sharding",
+    "logical_aval",
+    "mlir",
+    "open_jaxpr",
+    "output_aval",
+    "primitive_names",
+    "scan_counts",
+    "source_frame",
+    "tangent_dtype",
+]
+
+apply_primitive = _dispatch.apply_primitive
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
+    """The live equations of a jaxpr, and the values of its constants, which become its first
+    inputs.
+
+    JAX up to 0.11 has closed jaxprs (with constants) and open ones; from 0.12 there is one class.
+    """
+    consts = list(getattr(jaxpr, "consts", ()))
+    return _without_dead_equations(getattr(jaxpr, "jaxpr", jaxpr)), consts
+
+
+@functools.lru_cache(maxsize=4096)
+def _without_dead_equations(jaxpr: Jaxpr) -> Jaxpr:
+    jaxpr = _partial_eval.convert_constvars_jaxpr(jaxpr)
+    live, _ = _partial_eval.dce_jaxpr(
+        jaxpr, [True] * len(jaxpr.outvars), instantiate=[True] * len(jaxpr.invars)
+    )
+    return live
+
+
+def bind(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Evaluates one equation on dense operands; the results always come as a list."""
+    out = primitive.bind(*operands, **primitive.get_bind_params(params))
+    return list(out) if primitive.multiple_results else [out]
+
+
+def tangent_dtype(dtype: Any) -> Any:
+    """The dtype of tangents of arrays of `dtype`."""
+    return _core.primal_dtype_to_tangent_dtype(dtype)
+
+
+@contextmanager
+def equation_context(eqn: JaxprEqn) -> Iterator[None]:
+    """The name stack, source line and JAX configuration that `eqn` was traced under."""
+    name_stack = _source_info.current_name_stack() + eqn.source_info.name_stack
+    with (
+        _source_info.user_context(eqn.source_info.traceback, name_stack=name_stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+class Frame(NamedTuple):
+    """A line of user code."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} ({self.function})" if self.file else "unknown line"
+
+
+_LIBRARIES = tuple(
+    f"{pathlib.Path(file).parent}{os.sep}"
+    for file in (jax.__file__, eqx.__file__, jaxtyping.__file__, __file__)
+    if file is not None
+) + ("<@beartype", contextlib.__file__, functools.__file__)
+
+
+def source_frame() -> Frame:
+    """The innermost line of the current equation that belongs to neither JAX, Equinox nor
+    eqquant; or else of the Python code that is running."""
+    traceback = _source_info.current().traceback
+    for frame in _source_info.user_frames(traceback):
+        if frame is not None and not frame.file_name.startswith(_LIBRARIES):
+            return Frame(frame.file_name, frame.start_line, frame.function_name)
+    running = sys._getframe(1)
+    while running is not None:
+        code = running.f_code
+        if not code.co_filename.startswith(_LIBRARIES):
+            return Frame(code.co_filename, running.f_lineno, code.co_qualname)
+        running = running.f_back
+    return Frame("", 0, "")
+
+
+@functools.cache
+def _primitives_by_name() -> dict[str, Primitive]:
+    found = {}
+    for module in (jax.lax, primitives, _core):
+        for value in vars(module).values():
+            if isinstance(value, Primitive):
+                found.setdefault(value.name, value)
+    for path in ("jax._src.pjit", "jax._src.shard_map", "jax._src.lax.parallel", "jax._src.ad_checkpoint",
+                 "jax._src.custom_batching", "jax._src.lax.lax", "jax._src.lax.slicing"):  # fmt: skip
+        for value in vars(__import__(path, fromlist=["_"])).values():
+            if isinstance(value, Primitive):
+                found.setdefault(value.name, value)
+    return found
+
+
+def find_primitive(name: str) -> Primitive | None:
+    """The JAX primitive called `name` in a printed jaxpr, or None if this JAX has none."""
+    return _primitives_by_name().get(name)
+
+
+def primitive_names() -> list[str]:
+    """Every primitive that `jax.lax` exports."""
+    return sorted({p.name for p in vars(jax.lax).values() if isinstance(p, Primitive)})
+
+
+def is_specified_sharding(sharding: Any) -> bool:
+    """False for the placeholder that `jit` keeps where the user gave no sharding."""
+    return sharding is not None and not isinstance(sharding, _UnspecifiedValue)
+
+
+def logical_aval(leaf: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """An abstract array of `shape` and `dtype`, sharded and varying over mesh axes as `leaf` is."""
+    aval = jax.typeof(leaf)
+    if aval.ndim == len(shape):
+        return aval.update(shape=shape, dtype=jax.dtypes.canonicalize_dtype(dtype), weak_type=False)
+    return jax.core.ShapedArray(shape, jax.dtypes.canonicalize_dtype(dtype))
+
+
+def as_struct(aval: Any) -> jax.ShapeDtypeStruct:
+    """What to trace a function on, so that its argument has exactly the type `aval`."""
+    return jax.ShapeDtypeStruct(
+        aval.shape,
+        aval.dtype,
+        sharding=None if aval.sharding.mesh.empty else aval.sharding,
+        weak_type=aval.weak_type,
+        manual_axis_type=aval.manual_axis_type,
+    )
+
+
+def has_explicit_axes(*arrays: Any) -> bool:
+    """Whether the type of an array says how it is sharded (explicit mesh axes)."""
+    return any(
+        spec is not None
+        for array in arrays
+        for spec in getattr(jax.typeof(array).sharding, "spec", ())
+    )
+
+
+def is_partitioned(ctx: Any) -> bool:
+    """Whether a lowering is for a program that XLA will partition over several devices."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, _ShardingContext):
+        return context.num_devices > 1
+    if isinstance(context, _SPMDAxisContext):
+        return set(context.manual_axes) != set(context.mesh.axis_names)
+    return False
+
+
+def output_aval(primitive: Primitive, *avals: Any, **params: Any) -> Any:
+    """The abstract result of a primitive with one result."""
+    out = primitive.abstract_eval(*avals, **params)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many constants and how many carries a `scan` equation has."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # from JAX 0.12
+    return len(consts), len(carry)
+
+
+def custom_jvp_parts(
+    params: dict[str, Any], zeros: Sequence[bool]
+) -> tuple[Jaxpr, Sequence[Any], Sequence[bool]]:
+    """The derivative of a `custom_jvp_call`, with the tangents marked in `zeros` left out:
+    its jaxpr over primals and the other tangents, its constants, and which results are zero."""
+    jaxpr, consts, out_zeros = params["jvp_jaxpr_fun"].call_wrapped(*zeros)
+    return jaxpr, consts, out_zeros
+
+
+class CustomVJPParts(NamedTuple):
+    """The pieces of a `custom_vjp_call`: `forward` is a jaxpr from primals to residuals and
+    results; `backward` maps residuals and cotangents to the cotangents of the primals."""
+
+    forward: Jaxpr
+    forward_consts: Sequence[Any]
+    num_residuals: int
+    input_residuals: Sequence[int | None]
+    backward: Callable[..., Sequence[Any]]
+
+
+def custom_vjp_parts(params: dict[str, Any]) -> CustomVJPParts:
+    """Takes a `custom_vjp_call` apart; every primal counts as perturbed."""
+    num_primals = len(params["call_jaxpr"].in_avals) - params["num_consts"]
+    forward, consts = params["fwd_jaxpr_thunk"].call_wrapped(*[True] * num_primals)
+    _, residual_tree, forwarded = params["out_trees"]()
+    bwd = params["bwd"]
+
+    def backward(*args: Any) -> Sequence[Any]:
+        out = bwd.call_wrapped(*args)
+        out = out[0] if isinstance(out, tuple) and len(out) == 2 else out
+        return [ad.instantiate_zeros(ct) if isinstance(ct, ad.Zero) else ct for ct in out]
+
+    return CustomVJPParts(
+        forward, consts, residual_tree.num_leaves - sum(f is not None for f in forwarded),
+        forwarded, backward,
+    )  # fmt: skip

@@ -1,0 +1,240 @@
+"""8-bit integers with one float scale for a row, a channel or a block."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float, Int8
+
+from .._array import AbstractScaledArray, scale_block_size, scale_leaf
+from .._quantize import (
+    as_float_array,
+    check_dtype,
+    check_finite,
+    inherit_sharding,
+    normalize_axes,
+)
+from .._tiles import EACH, Leaf, Unaligned
+
+
+class Array8B(AbstractScaledArray):
+    r"""Stores $x_{ij} \approx s_i q_{ij}$ with $q_{ij} \in \{-127, \dots, 127\}$.
+
+    The scale is $s_i = \max_j |x_{ij}| / 127$ over the quantized axes (by default the last one),
+    and $q_{ij}$ is $x_{ij} \cdot (127 / \max_j |x_{ij}|)$ rounded to the nearest integer, ties to even:
+    vector-wise absmax quantization ([LLM.int8()](https://arxiv.org/abs/2208.07339), section 2), with the
+    same codes as bitsandbytes' `int8_vectorwise_quant`. The error of an element is at most
+    $s_i / 2$. 8 bits for each weight and 32 for each scale.
+
+    Make one with [`Array8B.quantize`][eqquant.Array8B.quantize].
+
+    !!! example
+
+        ```python
+        import jax, jax.numpy as jnp
+        import eqquant as eqq
+
+        w = jax.random.normal(jax.random.key(0), (128, 256))
+        q = eqq.Array8B.quantize(w)
+        assert q.shape == w.shape and q.weight.dtype == jnp.int8 and q.scale.shape == (128, 1)
+        y = q @ jnp.ones(256)
+        ```
+    """
+
+    scale: Float[Array, "..."]
+    """One number for each tile: along each axis of length 1, of the length of `weight`, or of
+    one for every `block_size` elements."""
+    weight: Int8[Array, "..."]
+    """The codes, of the shape of the logical array."""
+    dtype: np.dtype = eqx.field(static=True)
+    """The dtype of the logical array."""
+    block_size: int | None = eqx.field(static=True)
+    """How many elements share a scale along an axis that has several scales; None if no axis has."""
+    via: tuple[np.dtype, ...] = eqx.field(static=True)
+    """Dtypes that the values were rounded to before they were cast to `dtype`."""
+
+    has_zero_code: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        scale: Float[Array, "..."],
+        weight: Int8[Array, "..."],
+        axis: int | Sequence[int] | None = None,
+        sharding: NamedSharding | PartitionSpec | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        dtype: Any = None,
+        block_size: int | None = None,
+        via: tuple[np.dtype, ...] = (),
+    ):
+        """Builds an array from codes and scales that exist already.
+
+        **Arguments:**
+
+        - `scale`: of the rank of `weight`.
+        - `weight`: the codes.
+        - `axis`, `shape`: what `scale` and `weight` already say; checked if given.
+        - `sharding`: applied to the new array, as by `with_sharding`.
+        - `dtype`: of the logical array; float32 by default.
+        - `block_size`: needed where an axis has several scales but not one each.
+
+        **Raises:** `ValueError` if the leaves do not fit each other or the other arguments.
+        """
+        if sharding is not None:
+            built = Array8B(scale, weight, axis, shape=shape, dtype=dtype, block_size=block_size)
+            built = built.with_sharding(sharding)
+            scale, weight = built.scale, built.weight
+        self.scale = scale
+        self.weight = weight
+        self.dtype = check_dtype("Array8B(dtype=...)", jnp.float32 if dtype is None else dtype)
+        self.block_size = block_size
+        self.via = via
+        if shape is not None and tuple(shape) != weight.shape:
+            raise ValueError(f"shape={tuple(shape)} but weight has shape {weight.shape}.")
+        if axis is not None:
+            axes = normalize_axes("Array8B(axis=...)", axis, weight.ndim)
+            if any(scale.shape[a] != 1 for a in axes):
+                raise ValueError(
+                    f"axis={axis} says that one scale serves the axes {axes}, but scale has shape "
+                    f"{scale.shape}."
+                )
+
+    def __check_init__(self) -> None:
+        scale, weight = self.scale, self.weight
+        if scale.ndim != weight.ndim:
+            raise ValueError(
+                f"scale must have the rank of weight (keep reduced axes at length 1); scale has "
+                f"shape {scale.shape}, weight {weight.shape}."
+            )
+        for axis, (stored, length) in enumerate(zip(scale.shape, weight.shape, strict=True)):
+            blocks = -(-length // self.block_size) if self.block_size else 1
+            if stored not in (1, length, blocks):
+                raise ValueError(
+                    f"scale has {stored} entries along axis {axis}, where weight has {length} and "
+                    f"block_size is {self.block_size}: expected 1, {length} or {blocks}."
+                )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the logical array: that of the codes."""
+        return self.weight.shape
+
+    @property
+    def axis(self) -> tuple[int, ...]:
+        """The axes along which elements share a scale, counted from the end."""
+        return tuple(
+            axis - self.ndim
+            for axis, (stored, length) in enumerate(zip(self.scale.shape, self.shape, strict=True))
+            if stored != length
+        )
+
+    def values(self, dtype: Any) -> Array:
+        return self.weight.astype(dtype)
+
+    def leaves(self) -> dict[str, Leaf]:
+        return {
+            "scale": scale_leaf(self.scale, self.shape, self.block_size),
+            "weight": Leaf(self.weight, (EACH,) * self.ndim, ordered=True),
+        }
+
+    def with_leaves(self, leaves: dict[str, Leaf]) -> "Array8B":
+        weight, scale = leaves["weight"], leaves["scale"]
+        if any(tile != EACH for tile in weight.tiles):
+            raise Unaligned
+        return type(self)(
+            scale.array,
+            weight.array,
+            dtype=self.dtype,
+            block_size=scale_block_size(scale),
+            via=self.via,
+        )
+
+    @classmethod
+    def quantize(
+        cls,
+        array: Any,
+        dtype: Any = None,
+        axis: int | Sequence[int] | None = None,
+        *,
+        block_size: int | None = None,
+    ) -> "Array8B":
+        """Quantizes a floating-point array.
+
+        **Arguments:**
+
+        - `array`: of any shape; float16, bfloat16, float32 or float64.
+        - `dtype`: the floating-point dtype of the logical array; that of `array` by default.
+        - `axis`: the axis or axes whose elements share one scale; by default the last.
+            `axis=()` gives each element its own.
+        - `block_size`: if given, only every `block_size` consecutive elements along `axis`
+            (one axis then) share a scale; the last block may be partial.
+
+        **Returns:** an `Array8B` of the shape of `array`. All-zero groups give exact zeros;
+        groups whose largest magnitude is below about 2e-36 count as zero. An array that is sharded
+        gives leaves that are sharded likewise.
+
+        **Raises:** `TypeError` if `array` is not a floating-point array; `ValueError` if it
+        holds NaN or infinity (outside tracing; under `jit` these propagate as NaN into their group), if `axis` is out of range,
+        or if `block_size` is not positive.
+
+        !!! example
+
+            ```python
+            import jax.numpy as jnp
+            import eqquant as eqq
+
+            q = eqq.Array8B.quantize(jnp.linspace(-1, 1, 12).reshape(3, 4), axis=0)
+            assert q.scale.shape == (1, 4)
+            ```
+        """
+        array = as_float_array("Array8B.quantize", array)
+        dtype = check_dtype("Array8B.quantize(dtype=...)", array.dtype if dtype is None else dtype)
+        if axis is None:
+            axis = (-1,) if array.ndim else ()
+        axes = normalize_axes("Array8B.quantize(axis=...)", axis, array.ndim)
+        if block_size is not None and (block_size < 1 or len(axes) != 1):
+            raise ValueError(
+                "Array8B.quantize(block_size=...) must be positive and goes with exactly one axis; "
+                f"it was given {block_size} with axis={axis}."
+            )
+        scale, weight = _quantize(array, axes, block_size)
+        check_finite("Array8B.quantize", array, scale)
+        stored_blocks = block_size if scale.shape != weight.shape else None
+        out = cls(scale, weight, dtype=dtype, block_size=stored_blocks)
+        return inherit_sharding(out, array)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _quantize(
+    x: Array, axes: tuple[int, ...], block_size: int | None
+) -> tuple[Float[Array, "..."], Int8[Array, "..."]]:
+    if block_size is not None and x.shape[axes[0]] > block_size:
+        return _quantize_blocks(x, axes[0], block_size)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    absmax = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    scale = (absmax / 127).astype(jnp.float32)
+    # 127 * scale must not round up to infinity.
+    scale = jnp.where(jnp.isinf(scale * 127) & jnp.isfinite(scale), jnp.nextafter(scale, 0), scale)
+    is_zero = absmax < 127 * jnp.finfo(jnp.float32).tiny
+    reciprocal = jnp.where(is_zero, 0, 127 / jnp.where(is_zero, 1, absmax))
+    weight = jnp.clip(jnp.round(x * reciprocal), -127, 127).astype(jnp.int8)
+    return jnp.where(is_zero, 1, scale), weight
+
+
+def _quantize_blocks(x: Array, axis: int, block_size: int) -> tuple[Array, Array]:
+    length = x.shape[axis]
+    blocks = -(-length // block_size)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, blocks * block_size - length)
+    split = (*x.shape[:axis], blocks, block_size, *x.shape[axis + 1 :])
+    scale, weight = _quantize(jnp.pad(x, padding).reshape(split), (axis + 1,), None)
+    merged = (*x.shape[:axis], blocks * block_size, *x.shape[axis + 1 :])
+    weight = jax.lax.slice_in_dim(weight.reshape(merged), 0, length, axis=axis)
+    return scale.squeeze(axis + 1), weight

@@ -1,0 +1,10 @@
+"""The products behind `dot_general`: what they mean, and one implementation for each platform.
+
+Nothing outside this package imports Pallas, and importing it loads none.
+"""
+
+from .dot_general import quantized_dot_general as quantized_dot_general
+from .dot_general import quantized_dot_general_p as quantized_dot_general_p
+
+
+__all__ = ["quantized_dot_general", "quantized_dot_general_p"]

@@ -1,0 +1,261 @@
+"""The primitive `quantized_dot_general`: linear in `x`, so its residuals are the packed leaves.
+
+Which implementation runs is decided when it is lowered, for each platform.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import Array, lax
+
+from .. import _compat
+from .._array import AbstractScaledArray
+from .._compat import ad, batching, mlir
+from .._tiles import spread
+from .matmul import fused, tiled
+from .matmul.reference import Axes
+
+
+quantized_dot_general_p = _compat.Primitive("quantized_dot_general")
+"""Operands: `x`, then the leaves of `w`. Parameters: the treedef of `w`, and those of
+`lax.dot_general`. Result: batch axes, free axes of `x`, free axes of `w`."""
+
+
+def quantized_dot_general(
+    x: Array,
+    w: AbstractScaledArray,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> Array:
+    """`lax.dot_general(x, w.materialize(), ...)` without the dense weight.
+
+    **Arguments:**
+
+    - `x`: a floating-point array.
+    - `w`: the quantized operand; all others as in `jax.lax.dot_general`.
+
+    **Returns:** an array of the shape and dtype that `jax.lax.dot_general` gives. Sums are
+    accumulated in float32 (float64 if an operand is).
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp
+        import eqquant as eqq
+        from eqquant.kernels import quantized_dot_general
+
+        w = eqq.Array8B.quantize(jnp.ones((3, 4)))
+        y = quantized_dot_general(jnp.ones((2, 4)), w, (((1,), (1,)), ((), ())))
+        assert y.shape == (2, 3)
+        ```
+    """
+    leaves, treedef = jtu.tree_flatten(w)
+    params = dict(
+        treedef=treedef,
+        axes=Axes.of(dimension_numbers),
+        precision=lax.canonicalize_precision(precision) if precision is not None else None,
+        out_dtype=_out_dtype(x, w, preferred_element_type),
+    )
+    if _compat.has_explicit_axes(x, *leaves):
+        # Shardings are part of the types here: let JAX's own dot check and propagate them.
+        return jax.checkpoint(partial(_explicit, **params, out_sharding=out_sharding))(x, *leaves)
+    return quantized_dot_general_p.bind(x, *leaves, **params)
+
+
+def _out_dtype(x: Any, w: Any, preferred: Any) -> Any:
+    return jnp.dtype(jnp.promote_types(x.dtype, w.dtype) if preferred is None else preferred)
+
+
+def _accumulate_dtype(x: Any, w: Any, out_dtype: Any) -> Any:
+    double = jnp.float64 in (x.dtype, w.dtype, out_dtype)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def _with(implementation: Callable[..., Array]) -> Callable[..., Array]:
+    def run(
+        x: Array, *leaves: Array, treedef: Any, axes: Axes, precision: Any, out_dtype: Any
+    ) -> Array:
+        w = jtu.tree_unflatten(treedef, leaves)
+        accumulate = _accumulate_dtype(x, w, out_dtype)
+        y = implementation(x, w, axes=axes, precision=precision, accumulate=accumulate)
+        return y.astype(out_dtype)
+
+    run.__name__ = f"quantized_dot_general_{implementation.__name__}"
+    return run
+
+
+def _explicit(
+    x: Array,
+    *leaves: Array,
+    treedef: Any,
+    axes: Axes,
+    precision: Any,
+    out_dtype: Any,
+    out_sharding: Any,
+) -> Array:
+    w = jtu.tree_unflatten(treedef, leaves)
+    accumulate = _accumulate_dtype(x, w, out_dtype)
+    scale = None if w.scale is None else spread(w.leaves()["scale"], w.shape).astype(accumulate)
+    values = w.values(accumulate)
+    return lax.dot_general(
+        x.astype(accumulate),
+        values if scale is None else values * scale,
+        axes.dimension_numbers,
+        precision=precision,
+        preferred_element_type=out_dtype,
+        out_sharding=out_sharding,
+    )
+
+
+# ------------------------------------------------------------------------ types and lowering
+
+
+@quantized_dot_general_p.def_abstract_eval
+def _abstract(
+    x: Any, *leaves: Any, treedef: Any, axes: Axes, precision: Any, out_dtype: Any
+) -> Any:
+    w = jtu.tree_unflatten(treedef, leaves)
+    payload = next(leaf.array for leaf in w.leaves().values() if leaf.ordered)
+    w_aval = payload.update(shape=w.shape, dtype=x.dtype, weak_type=False)
+    return _compat.output_aval(
+        lax.dot_general_p,
+        x,
+        w_aval,
+        dimension_numbers=axes.dimension_numbers,
+        precision=precision,
+        preferred_element_type=out_dtype,
+        out_sharding=None,
+    )
+
+
+quantized_dot_general_p.def_impl(partial(_compat.apply_primitive, quantized_dot_general_p))
+
+
+def _lower_cpu(ctx: Any, *operands: Any, **params: Any) -> Any:
+    implementation = fused if _compat.is_partitioned(ctx) else tiled
+    return mlir.lower_fun(_with(implementation), multiple_results=False)(ctx, *operands, **params)
+
+
+mlir.register_lowering(
+    quantized_dot_general_p, mlir.lower_fun(_with(fused), multiple_results=False)
+)
+mlir.register_lowering(quantized_dot_general_p, _lower_cpu, platform="cpu")
+
+
+# --------------------------------------------------------------------------- transformations
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    x, *leaves = primals
+    x_dot, *leaves_dot = tangents
+    y = quantized_dot_general_p.bind(x, *leaves, **params)
+    terms = []
+    if type(x_dot) is not ad.Zero:
+        terms.append(quantized_dot_general_p.bind(x_dot, *leaves, **params))
+    moving = [i for i, t in enumerate(leaves_dot) if type(t) is not ad.Zero]
+    if moving:  # scales are being differentiated
+
+        def of_moving(*values: Array) -> Array:
+            filled = list(leaves)
+            for i, value in zip(moving, values, strict=True):
+                filled[i] = value
+            return _with(tiled)(x, *filled, **params)
+
+        _, y_dot = jax.jvp(
+            of_moving, [leaves[i] for i in moving], [leaves_dot[i] for i in moving]
+        )
+        terms.append(y_dot)
+    if not terms:
+        return y, ad.Zero.from_primal_value(y)
+    return y, terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def _transpose(
+    ct: Any, x: Any, *leaves: Any, treedef: Any, axes: Axes, precision: Any, out_dtype: Any
+) -> list[Any]:
+    nothing = [None] * len(leaves)
+    if type(ct) is ad.Zero:
+        return [None, *nothing]
+    if not ad.is_undefined_primal(x):
+        return [None, *_transpose_leaves(ct, x, leaves, treedef, axes, precision, out_dtype)]
+    x_aval = x.aval
+    w = jtu.tree_unflatten(treedef, leaves)
+    x_free, w_free = axes.x_free(x_aval.ndim), axes.w_free(w.ndim)
+    n_batch, n_free = len(axes.x_batch), len(x_free)
+    # y[b, f, o] = sum_k x[b, f, k] w[b, o, k], so ct_x[b, f, k] = sum_o ct[b, f, o] w[b, o, k].
+    back = Axes(
+        tuple(range(n_batch + n_free, ct.ndim)), tuple(w_free), tuple(range(n_batch)), axes.w_batch
+    )
+    ct_x = quantized_dot_general_p.bind(
+        ct, *leaves, treedef=treedef, axes=back, precision=precision, out_dtype=x_aval.dtype
+    )
+    of_w = dict(zip(axes.w_contract, axes.x_contract, strict=True))
+    order = [*axes.x_batch, *x_free, *(of_w[axis] for axis in sorted(axes.w_contract))]
+    ct_x = lax.transpose(ct_x, [order.index(axis) for axis in range(x_aval.ndim)])
+    return [ct_x, *nothing]
+
+
+def _transpose_leaves(
+    ct: Any, x: Any, leaves: Sequence[Any], treedef: Any, axes: Axes, precision: Any, out_dtype: Any
+) -> list[Any]:
+    """The product is linear in the scale too, where a tangent of a scale takes its place."""
+    linear = [i for i, leaf in enumerate(leaves) if ad.is_undefined_primal(leaf)]
+
+    def of_linear(*values: Array) -> Array:
+        filled = list(leaves)
+        for i, value in zip(linear, values, strict=True):
+            filled[i] = value
+        return _with(tiled)(
+            x, *filled, treedef=treedef, axes=axes, precision=precision, out_dtype=out_dtype
+        )
+
+    zeros = [jnp.zeros(leaves[i].aval.shape, leaves[i].aval.dtype) for i in linear]
+    found = iter(jax.vjp(of_linear, *zeros)[1](ct))
+    return [next(found) if i in linear else None for i in range(len(leaves))]
+
+
+def _batch(
+    operands: Sequence[Any], dims: Sequence[Any], *, treedef: Any, axes: Axes, **params: Any
+) -> tuple[Any, int]:
+    (x, *leaves), (x_dim, *leaf_dims) = operands, dims
+    unmapped = None
+    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not unmapped)
+    w_is_mapped = any(d is not unmapped for d in leaf_dims)
+    if x_dim is not unmapped:
+        x = jnp.moveaxis(x, x_dim, 0)
+    if w_is_mapped:
+        leaves = [
+            jnp.broadcast_to(leaf, (size, *leaf.shape))
+            if dim is unmapped
+            else jnp.moveaxis(leaf, dim, 0)
+            for leaf, dim in zip(leaves, leaf_dims, strict=True)
+        ]
+
+    def shift(axes: tuple[int, ...], by: int) -> tuple[int, ...]:
+        return tuple(axis + by for axis in axes)
+
+    by_x, by_w = int(x_dim is not unmapped), int(w_is_mapped)
+    both = bool(by_x and by_w)
+    new = Axes(
+        shift(axes.x_contract, by_x),
+        shift(axes.w_contract, by_w),
+        (0,) * both + shift(axes.x_batch, by_x),
+        (0,) * both + shift(axes.w_batch, by_w),
+    )
+    y = quantized_dot_general_p.bind(x, *leaves, treedef=treedef, axes=new, **params)
+    if both:
+        return y, 0
+    # The new axis is the first free one of its operand.
+    n_batch = len(axes.x_batch)
+    return y, n_batch if by_x else x.ndim - len(axes.x_contract)
+
+
+ad.primitive_jvps[quantized_dot_general_p] = _jvp
+ad.primitive_transposes[quantized_dot_general_p] = _transpose
+batching.primitive_batchers[quantized_dot_general_p] = _batch

@@ -1,0 +1,47 @@
+"""What a quantized product means."""
+
+from typing import Any, NamedTuple
+
+from jax import Array, lax
+
+from ..._array import AbstractScaledArray
+
+
+class Axes(NamedTuple):
+    """The dimension numbers of a `dot_general`, as tuples."""
+
+    x_contract: tuple[int, ...]
+    w_contract: tuple[int, ...]
+    x_batch: tuple[int, ...]
+    w_batch: tuple[int, ...]
+
+    @staticmethod
+    def of(dimension_numbers: Any) -> "Axes":
+        (xc, wc), (xb, wb) = dimension_numbers
+        return Axes(*(tuple(int(axis) for axis in axes) for axes in (xc, wc, xb, wb)))
+
+    @property
+    def dimension_numbers(self) -> Any:
+        return (self.x_contract, self.w_contract), (self.x_batch, self.w_batch)
+
+    def x_free(self, ndim: int) -> list[int]:
+        return [i for i in range(ndim) if i not in self.x_contract + self.x_batch]
+
+    def w_free(self, ndim: int) -> list[int]:
+        return [i for i in range(ndim) if i not in self.w_contract + self.w_batch]
+
+
+def reference(
+    x: Array, w: AbstractScaledArray, *, axes: Axes, precision: Any, accumulate: Any
+) -> Array:
+    """`lax.dot_general(x, w.materialize())` in the dtype `accumulate`.
+
+    The result has the batch axes, then the free axes of `x`, then those of `w`.
+    """
+    return lax.dot_general(
+        x.astype(accumulate),
+        w.materialize().astype(accumulate),
+        axes.dimension_numbers,
+        precision=precision,
+        preferred_element_type=accumulate,
+    )

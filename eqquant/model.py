@@ -1,0 +1,157 @@
+"""Models in, models out: quantize the weights of any pytree, by path."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from ._array import QuantizedArray
+from ._dispatch import as_dense
+from ._implicit import is_implicit
+
+
+Tree = TypeVar("Tree")
+Format = Callable[[Any], QuantizedArray]
+"""A format is a function from an array to a quantized array, such as `Array8B.quantize`."""
+How = Format | Mapping[str, Format | None]
+"""One format for all matrices; or formats by pattern of path, None to leave dense."""
+
+
+def quantize(tree: Tree, how: How) -> Tree:
+    """`tree` with its weights quantized.
+
+    **Arguments:**
+
+    - `tree`: an array, or any pytree: an Equinox model, a dictionary of weights, …
+    - `how`: a format, such as `Array8B.quantize`, for every floating-point matrix (two axes or
+        more) of the tree; or a mapping from patterns to formats. A pattern is matched, with
+        `*`, `?` and `[...]` as in file names, against the path of a matrix, such as
+        `layers.0.attention.query_proj.weight` (a leading `*.` also matches at the root). The first pattern
+        that matches wins; the format None leaves a matrix dense, and so does no match.
+
+    **Returns:** a tree of the same structure. Vectors, integers, functions and whatever is
+    quantized already stay as they are; arrays that occur twice (tied weights) are quantized once.
+
+    **Raises:** `ValueError` if a pattern matches no matrix; it lists the nearest paths.
+
+    !!! example
+
+        ```python
+        from functools import partial
+        import equinox as eqx, jax
+        import eqquant as eqq
+
+        model = eqx.nn.MLP(8, 4, 16, 2, key=jax.random.key(0))
+        small = eqq.quantize(model, eqq.Array8B.quantize)
+        mixed = eqq.quantize(model, {
+            "layers.0.*": None,
+            "*.weight": partial(eqq.Array8B.quantize, axis=0),
+        })
+        ```
+    """
+    formats = _formats_by_path(tree, how)
+    done: dict[tuple[int, int], QuantizedArray] = {}
+
+    def convert(path: Any, leaf: Any) -> Any:
+        format = formats.get(path_name(path))
+        if format is None:
+            return leaf
+        key = (id(leaf), id(format))
+        if key not in done:
+            done[key] = _apply_format(format, leaf, path_name(path))
+        return done[key]
+
+    return jtu.tree_map_with_path(convert, tree, is_leaf=is_implicit)
+
+
+def materialize(tree: Tree) -> Tree:
+    """`tree` with every quantized array made dense.
+
+    !!! example
+
+        ```python
+        import equinox as eqx, jax
+        import eqquant as eqq
+
+        model = eqx.nn.Linear(8, 4, key=jax.random.key(0))
+        dense = eqq.materialize(eqq.quantize(model, eqq.Array8B.quantize))
+        assert isinstance(dense.weight, jax.Array)
+        ```
+    """
+    return jtu.tree_map(as_dense, tree, is_leaf=is_implicit)
+
+
+def path_name(path: Any) -> str:
+    """A key path as users write it: `layers.0.weight`."""
+    return jtu.keystr(path, simple=True, separator=".")
+
+
+def _apply_format(format: Format, leaf: Any, path: str) -> QuantizedArray:
+    try:
+        return format(leaf)
+    except (TypeError, ValueError) as error:
+        if path:
+            error.add_note(f"while quantizing {path!r}")
+        raise
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+def _is_matrix(x: Any) -> bool:
+    return _is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) and len(x.shape) >= 2
+
+
+def _formats_by_path(tree: Any, how: How) -> dict[str, Format]:
+    """Which format each matrix gets, by path; those that stay dense are left out."""
+    if not isinstance(how, Mapping):
+        if not callable(how):
+            raise TypeError(
+                "how must be a format, e.g. eqquant.Array8B.quantize, or a mapping from patterns "
+                f"to formats; quantize(..., how={how!r})."
+            )
+        if _is_array(tree):
+            return {"": how}
+        how = {"*": how}
+        every_pattern_must_match = False
+    else:
+        every_pattern_must_match = True
+    leaves = [
+        (path_name(path), leaf)
+        for path, leaf in jtu.tree_leaves_with_path(tree, is_leaf=is_implicit)
+    ]
+    matrices = [name for name, leaf in leaves if _is_matrix(leaf)]
+    chosen: dict[str, Format | None] = {}
+    for pattern, format in how.items():
+        if format is not None and not callable(format):
+            raise TypeError(
+                f"The format for {pattern!r} must be a function such as eqquant.Array8B.quantize, "
+                f"or None; it is {format!r}."
+            )
+        matches = [name for name in matrices if _matches(pattern, name)]
+        if not matches and every_pattern_must_match:
+            raise ValueError(_no_match(pattern, matrices, leaves))
+        for name in matches:
+            chosen.setdefault(name, format)
+    return {name: format for name, format in chosen.items() if format is not None}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase("." + name, pattern)
+
+
+def _no_match(pattern: str, matrices: list[str], leaves: list[tuple[str, Any]]) -> str:
+    message = f"The pattern {pattern!r} matches no floating-point matrix of the tree."
+    others = [name for name, leaf in leaves if _matches(pattern, name) and _is_array(leaf)]
+    if others:
+        return f"{message} It matches {others[0]!r}, which is not one (quantize it by itself)."
+    if not matrices:
+        return f"{message} The tree has none."
+    near = difflib.get_close_matches(pattern.strip("*."), matrices, n=3, cutoff=0.0)
+    return f"{message} The nearest of {len(matrices)} paths: {', '.join(map(repr, near))}."

@@ -1,0 +1,209 @@
+"""Contractions: products and reductions that read the packed leaves and never hold the matrix.
+
+| primitive              | operands                     | how                                            |
+|------------------------|------------------------------|------------------------------------------------|
+| `dot_general`          | one quantized, either side   | `kernels.quantized_dot_general`                |
+| `dot_general`          | both quantized               | the smaller one is made dense                  |
+| `ragged_dot_general`   | groups of quantized matrices | group by group                                 |
+| `conv_general_dilated` | quantized kernel             | scale on the output channels where it can be   |
+| `reduce_sum`, `max`, … | quantized                    | decoded inside the reduction, in one pass      |
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .._array import AbstractScaledArray, QuantizedArray
+from .._dispatch import apply, dense_nbytes, register, report_materialized, transparent
+from .._tiles import dynamic_slice, remove_axis, spread
+from ..kernels import quantized_dot_general
+from .structural import TransposedView
+
+
+# ---------------------------------------------------------------------------------- dot_general
+
+
+@register(lax.dot_general_p)
+def dot_general_array_scaled(
+    primitive: Any, x: Array, w: AbstractScaledArray, *, dimension_numbers: Any, **params: Any
+) -> Any:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return NotImplemented
+    return quantized_dot_general(x, w, dimension_numbers, **params)
+
+
+@register(lax.dot_general_p)
+def dot_general_scaled_array(
+    primitive: Any, w: AbstractScaledArray, x: Array, *, dimension_numbers: Any, **params: Any
+) -> Any:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return NotImplemented
+    (wc, xc), (wb, xb) = dimension_numbers
+    if params.get("out_sharding") is not None:
+        return NotImplemented
+    y = quantized_dot_general(x, w, ((xc, wc), (xb, wb)), **params)
+    # y has the batch axes, the free axes of x, those of w; the last two groups change places.
+    batch, x_free = len(xb), x.ndim - len(xb) - len(xc)
+    moved = [*range(batch), *range(batch + x_free, y.ndim), *range(batch, batch + x_free)]
+    return lax.transpose(y, moved)
+
+
+@register(lax.dot_general_p)
+def dot_general_array_view(
+    primitive: Any, x: Array, w: TransposedView, *, dimension_numbers: Any, **params: Any
+) -> Any:
+    if not jnp.issubdtype(x.dtype, jnp.floating) or params.get("out_sharding") is not None:
+        return NotImplemented
+    (xc, wc), (xb, wb) = dimension_numbers
+    stored = w.permutation
+    y = quantized_dot_general(
+        x, w.array, ((xc, [stored[a] for a in wc]), (xb, [stored[a] for a in wb])), **params
+    )
+    # The free axes of w come in stored order; put them in the order of the view.
+    free = [stored[a] for a in range(len(stored)) if a not in (*wc, *wb)]
+    first = y.ndim - len(free)
+    return lax.transpose(y, [*range(first), *(first + sorted(free).index(a) for a in free)])
+
+
+@register(lax.dot_general_p)
+def dot_general_view_array(
+    primitive: Any, w: TransposedView, x: Array, *, dimension_numbers: Any, **params: Any
+) -> Any:
+    (wc, xc), (wb, xb) = dimension_numbers
+    y = dot_general_array_view(
+        primitive, x, w, dimension_numbers=((xc, wc), (xb, wb)), **params
+    )
+    if y is NotImplemented:
+        return NotImplemented
+    batch, x_free = len(xb), x.ndim - len(xb) - len(xc)
+    moved = [*range(batch), *range(batch + x_free, y.ndim), *range(batch, batch + x_free)]
+    return lax.transpose(y, moved)
+
+
+@register(lax.dot_general_p)
+@transparent
+def dot_general_both(
+    primitive: Any, x: QuantizedArray, y: QuantizedArray, **params: Any
+) -> Any:
+    """Of two quantized operands, the smaller plays the activation."""
+    smaller, x_is_smaller = (x, True) if dense_nbytes(x) <= dense_nbytes(y) else (y, False)
+    report_materialized(primitive.name, [smaller])
+    dense = smaller.materialize()
+    return apply(primitive, (dense, y) if x_is_smaller else (x, dense), params)[0]
+
+
+@register("ragged_dot_general")
+def ragged_dot_general_array_scaled(
+    primitive: Any, x: Array, w: AbstractScaledArray, group_sizes: Array, **params: Any
+) -> Any:
+    """Rows of `x` times the matrix of their group: `lax.ragged_dot`."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    plain = (((1,), (1,)), ((), ()))
+    if (
+        _as_tuples(numbers.dot_dimension_numbers) != plain
+        or tuple(numbers.lhs_ragged_dimensions) != (0,)
+        or tuple(numbers.rhs_group_dimensions) != (0,)
+        or params.get("group_offset") is not None
+        or group_sizes.ndim != 1
+        or not jnp.issubdtype(x.dtype, jnp.floating)
+    ):
+        return NotImplemented
+    ends = jnp.cumsum(group_sizes)
+    out_dtype = params["preferred_element_type"] or jnp.promote_types(x.dtype, w.dtype)
+    rows = jnp.arange(x.shape[0])
+
+    @jax.checkpoint
+    def group(total: Array, i: Array, x: Array, w: AbstractScaledArray) -> Array:
+        matrix = _entry(w, i)
+        mine = (rows >= ends[i] - group_sizes[i]) & (rows < ends[i])
+        y = quantized_dot_general(
+            jnp.where(mine[:, None], x, 0),
+            matrix,
+            (((1,), (0,)), ((), ())),
+            params["precision"],
+            jnp.promote_types(out_dtype, jnp.float32),
+        )
+        return total + y
+
+    start = jnp.zeros((x.shape[0], w.shape[2]), jnp.promote_types(out_dtype, jnp.float32))
+    total, _ = lax.scan(
+        lambda total, i: (group(total, i, x, w), None), start, jnp.arange(w.shape[0])
+    )
+    return total.astype(out_dtype)
+
+
+def _as_tuples(numbers: Any) -> Any:
+    return tuple(tuple(tuple(map(int, axes)) for axes in pair) for pair in numbers)
+
+
+def _entry(w: AbstractScaledArray, i: Array) -> AbstractScaledArray:
+    leaves = {
+        name: remove_axis(dynamic_slice(leaf, 0, w.shape[0], i, 1), 0)
+        for name, leaf in w.leaves().items()
+    }
+    return w.with_leaves(leaves)
+
+
+# --------------------------------------------------------------------------------- convolution
+
+
+@register(lax.conv_general_dilated_p)
+def conv_general_dilated_array_scaled(
+    primitive: Any, x: Array, w: AbstractScaledArray, *, dimension_numbers: Any, **params: Any
+) -> Any:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return NotImplemented
+    run = partial(_convolve, dimension_numbers=dimension_numbers, **params)
+    return jax.checkpoint(run)(x, w)
+
+
+def _convolve(x: Array, w: AbstractScaledArray, *, dimension_numbers: Any, **params: Any) -> Array:
+    out_dtype = params.pop("preferred_element_type") or jnp.promote_types(x.dtype, w.dtype)
+    compute = jnp.promote_types(out_dtype, jnp.float32)
+    out_axis = dimension_numbers.rhs_spec[0]
+    scale = None if w.scale is None else w.leaves()["scale"]
+
+    def convolve(values: Array) -> Array:
+        y = lax.conv_general_dilated_p.bind(
+            x.astype(compute),
+            values,
+            dimension_numbers=dimension_numbers,
+            preferred_element_type=compute,
+            **params,
+        )
+        return y
+
+    others = [axis for axis in range(w.ndim) if axis != out_axis]
+    if scale is None:
+        return convolve(w.values(compute)).astype(out_dtype)
+    if all(scale.is_constant_along(axis) for axis in others):
+        # Each output channel o sums over q[o, ...] alone: its scale leaves the sum.
+        factors = spread(scale, w.shape, [out_axis]).reshape(-1).astype(compute)
+        channel = dimension_numbers.out_spec[1]
+        y = convolve(w.values(compute))
+        return (y * lax.broadcast_in_dim(factors, y.shape, (channel,))).astype(out_dtype)
+    return convolve(w.values(compute) * spread(scale, w.shape).astype(compute)).astype(out_dtype)
+
+
+# ---------------------------------------------------------------------------------- reductions
+
+
+@register(
+    lax.reduce_sum_p,
+    lax.reduce_max_p,
+    lax.reduce_min_p,
+    lax.reduce_prod_p,
+    lax.argmax_p,
+    lax.argmin_p,
+)
+def reduce_scaled(primitive: Any, x: AbstractScaledArray, **params: Any) -> Any:
+    """Decoding is elementwise, so XLA does it inside the reduction."""
+
+    def decode_and_reduce(x: AbstractScaledArray) -> Array:
+        return primitive.bind(x.materialize(), **params)
+
+    decode_and_reduce.__name__ = f"{primitive.name}_quantized"
+    return jax.jit(decode_and_reduce)(x)

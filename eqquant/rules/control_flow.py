@@ -1,0 +1,373 @@
+"""Control flow and calls: bodies are evaluated with the packed form intact, and the primitive is
+emitted again through the public API of JAX, with quantized arrays as the pytrees they are.
+
+| primitive                        | what is made dense                                             |
+|----------------------------------|----------------------------------------------------------------|
+| `jit`, `closed_call`, `remat2`   | nothing                                                        |
+| `scan`, `while`                  | a carry whose packed structure the body changes                |
+| `cond`                           | an output whose packed structure differs between branches      |
+| `custom_jvp_call`                | nothing; tangents of the weight are dense                      |
+| `custom_vjp_call`                | nothing; cotangents of the weight are dense                    |
+| `custom_vmap_call`               | nothing                                                        |
+| `shard_map`                      | outputs                                                        |
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .. import _compat, _sharding
+from .._array import AbstractScaledArray, QuantizedArray
+from .._dispatch import as_dense, register, report_materialized, transparent
+from .._implicit import evaluate, implicit, is_implicit
+from .._tiles import EACH, Leaf, spread
+
+
+def _structure(x: Any) -> Any:
+    """What has to agree where two values meet: treedef, shapes and dtypes of the leaves."""
+    leaves, treedef = jtu.tree_flatten(x)
+    return treedef, [(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves]
+
+
+def _make_dense(primitive: Any, x: Any, where: str) -> Any:
+    if is_implicit(x):
+        report_materialized(primitive.name, [x], f"{primitive.name} ({where})")
+    return as_dense(x)
+
+
+# ----------------------------------------------------------------------------------------- calls
+
+
+@register("jit", "pjit")
+@transparent
+def jit_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    jaxpr = params["jaxpr"]
+
+    def body(*args: Any) -> list[Any]:
+        args = [_constrain(x, s) for x, s in zip(args, params["in_shardings"], strict=True)]
+        out = evaluate(jaxpr, args)
+        return [_constrain(x, s) for x, s in zip(out, params["out_shardings"], strict=True)]
+
+    body.__name__ = params["name"]
+    options = dict(params["compiler_options_kvs"]) or None
+    jitted = jax.jit(
+        body, keep_unused=params["keep_unused"], inline=params["inline"], compiler_options=options
+    )
+    return jitted(*operands)
+
+
+def _constrain(x: Any, sharding: Any) -> Any:
+    if not _compat.is_specified_sharding(sharding):
+        return x
+    if isinstance(x, AbstractScaledArray) and isinstance(sharding, NamedSharding):
+        return x.with_sharding(sharding)
+    return lax.with_sharding_constraint(as_dense(x), sharding)
+
+
+@register("closed_call", "core_call", "call", "core_closed_call")
+@transparent
+def call_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    return evaluate(params["call_jaxpr"], operands)
+
+
+@register("remat2", "checkpoint", "remat")
+@transparent
+def checkpoint_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    def body(*args: Any) -> list[Any]:
+        return evaluate(params["jaxpr"], args)
+
+    if params["differentiated"] and params["prevent_cse"]:
+        # This is a backward pass: XLA must not merge its recomputation with the forward pass.
+        operands = lax.optimization_barrier(operands)
+    return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(
+        *operands
+    )
+
+
+# ------------------------------------------------------------------------------------------ loops
+
+
+@register(lax.scan_p)
+@transparent
+def scan_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    num_consts, num_carry = _compat.scan_counts(params)
+    consts = operands[:num_consts]
+    carry = list(operands[num_consts : num_consts + num_carry])
+    xs = [_sliceable(primitive, x) for x in operands[num_consts + num_carry :]]
+
+    def body(carry: Any, x: Any) -> Any:
+        out = evaluate(params["jaxpr"], [*consts, *carry, *x])
+        return out[:num_carry], out[num_carry:]
+
+    carry = _stable_carry(
+        primitive, carry, lambda carry: jax.eval_shape(lambda c, x: body(c, _first(x))[0], carry, xs)
+    )
+
+    def dense_where_it_was(carry: Any, x: Any) -> Any:
+        new, y = body(carry, x)
+        return _like(primitive, new, carry), y
+
+    carry, ys = lax.scan(
+        dense_where_it_was,
+        carry,
+        xs,
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+        _split_transpose=params.get("_split_transpose", False),
+    )
+    return [*carry, *ys]
+
+
+def _sliceable(primitive: Any, x: Any) -> Any:
+    """`x` with every leaf as long as its first axis, so that `scan` can slice it as a pytree."""
+    if not isinstance(x, AbstractScaledArray):
+        return _make_dense(primitive, x, "scanned over")
+    moved: dict[str, Leaf] = {}
+    for name, leaf in x.leaves().items():
+        if leaf.array.shape[0] != x.shape[0]:
+            if leaf.ordered:
+                return _make_dense(primitive, x, "scanned over its packed axis")
+            array = spread(leaf, x.shape, [0])
+            leaf = leaf.with_axis(0, array, EACH)
+        moved[name] = leaf
+    return x.with_leaves(moved)
+
+
+def _first(xs: Any) -> Any:
+    return jtu.tree_map(lambda leaf: leaf[0], xs)
+
+
+def _stable_carry(primitive: Any, carry: list[Any], step: Callable[[Any], Any]) -> list[Any]:
+    """`carry`, with each entry made dense whose packed structure a step changes."""
+    while any(map(is_implicit, carry)):
+        after = step(carry)
+        unstable = [
+            is_implicit(x) and _structure(x) != _structure(y)
+            for x, y in zip(carry, after, strict=True)
+        ]
+        if not any(unstable):
+            break
+        carry = [
+            _make_dense(primitive, x, "a carry that changes") if bad else x
+            for x, bad in zip(carry, unstable, strict=True)
+        ]
+    return carry
+
+
+def _like(primitive: Any, new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+    return [
+        x if is_implicit(y) else _make_dense(primitive, x, "a dense carry")
+        for x, y in zip(new, old, strict=True)
+    ]
+
+
+@register(lax.while_p)
+@transparent
+def while_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
+
+    def cond(carry: Any) -> Any:
+        return evaluate(params["cond_jaxpr"], [*cond_consts, *carry])[0]
+
+    def body(carry: Any) -> list[Any]:
+        return evaluate(params["body_jaxpr"], [*body_consts, *carry])
+
+    carry = list(operands[n_cond + n_body :])
+    carry = _stable_carry(primitive, carry, lambda carry: jax.eval_shape(body, carry))
+    return lax.while_loop(cond, lambda carry: _like(primitive, body(carry), carry), carry)
+
+
+@register(lax.cond_p)
+@transparent
+def cond_any(primitive: Any, index: Array, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    bodies = [
+        lambda *args, branch=branch: evaluate(branch, args) for branch in params["branches"]
+    ]
+    results = [jax.eval_shape(body, *operands) for body in bodies]
+    agree = [
+        len({str(_structure(out)) for out in outs}) == 1 for outs in zip(*results, strict=True)
+    ]
+
+    def branch(body: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        def run(*args: Any) -> list[Any]:
+            return [
+                x if same else _make_dense(primitive, x, "branches differ")
+                for x, same in zip(body(*args), agree, strict=True)
+            ]
+
+        return run
+
+    return lax.switch(index, [branch(body) for body in bodies], *operands)
+
+
+# ------------------------------------------------------------------------- custom derivatives
+
+
+def _tangent_of(x: Any, tangent: Any) -> Any:
+    """The tangent of the array that `x` stands for, from the tangents of its leaves."""
+    leaves, treedef = jtu.tree_flatten(x)
+    tangents = [
+        jnp.zeros(leaf.shape, leaf.dtype) if _is_zero(t) else t
+        for leaf, t in zip(leaves, jtu.tree_leaves(tangent, is_leaf=_is_zero), strict=True)
+    ]
+    moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    if not is_implicit(x):
+        return tangents[0]
+    if isinstance(x, AbstractScaledArray) and sum(moves) == 1 and x.scale is not None:
+        # The derivative of s q along s' is s' q: the tangent is packed too.
+        mixed = [t if move else leaf for leaf, t, move in zip(leaves, tangents, moves, strict=True)]
+        return jtu.tree_unflatten(treedef, mixed)
+
+    def dense(*moving: Array) -> Array:
+        values = iter(moving)
+        mixed = [next(values) if move else leaf for leaf, move in zip(leaves, moves, strict=True)]
+        return jtu.tree_unflatten(treedef, mixed).materialize()
+
+    primals = [leaf for leaf, move in zip(leaves, moves, strict=True) if move]
+    moving = [t for t, move in zip(tangents, moves, strict=True) if move]
+    return jax.jvp(dense, primals, moving)[1]
+
+
+def _is_zero(t: Any) -> bool:
+    return isinstance(t, jax.custom_derivatives.SymbolicZero)
+
+
+@register("custom_jvp_call")
+@transparent
+def custom_jvp_call_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    consts, primals = operands[: params["num_consts"]], operands[params["num_consts"] :]
+
+    @jax.custom_jvp
+    def function(*args: Any) -> list[Any]:
+        return [as_dense(x) for x in evaluate(params["call_jaxpr"], [*consts, *args])]
+
+    def derivative(primals: Any, tangents: Any) -> Any:
+        zeros = [
+            params["symbolic_zeros"] and all(map(_is_zero, jtu.tree_leaves(t, is_leaf=_is_zero)))
+            for t in tangents
+        ]
+        jaxpr, jvp_consts, out_zeros = _compat.custom_jvp_parts(params, zeros)
+        moving = [
+            _tangent_of(x, t) for x, t, zero in zip(primals, tangents, zeros, strict=True) if not zero
+        ]
+        out = [as_dense(x) for x in evaluate(jaxpr, [*jvp_consts, *primals, *moving])]
+        results, nonzero = out[: len(out_zeros)], iter(out[len(out_zeros) :])
+        return results, [
+            jnp.zeros(y.shape, _compat.tangent_dtype(y.dtype)) if zero else next(nonzero)
+            for y, zero in zip(results, out_zeros, strict=True)
+        ]
+
+    function.defjvp(derivative, symbolic_zeros=True)
+    return function(*primals)
+
+
+@register("custom_vjp_call", "custom_vjp_call_jaxpr")
+@transparent
+def custom_vjp_call_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    consts, primals = operands[: params["num_consts"]], operands[params["num_consts"] :]
+
+    @jax.custom_vjp
+    def function(*args: Any) -> list[Any]:
+        return [as_dense(x) for x in evaluate(params["call_jaxpr"], [*consts, *args])]
+
+    def forward(*args: Any) -> Any:
+        parts = _compat.custom_vjp_parts(params)
+        out = evaluate(parts.forward, [*parts.forward_consts, *args])
+        fresh, results = out[: parts.num_residuals], out[parts.num_residuals :]
+        remaining = iter(fresh)
+        residuals = [next(remaining) if i is None else args[i] for i in parts.input_residuals]
+        return [as_dense(x) for x in results], (residuals, args)
+
+    def backward(saved: Any, cotangents: Any) -> Any:
+        residuals, args = saved
+        backward = _compat.custom_vjp_parts(params).backward
+        dense = implicit(backward)(*residuals, *cotangents)
+        return tuple(_cotangent_of(x, ct) for x, ct in zip(args, dense, strict=True))
+
+    function.defvjp(forward, backward)
+    return function(*primals)
+
+
+def _cotangent_of(x: Any, cotangent: Any) -> Any:
+    """The cotangents of the leaves of `x`, from that of the array it stands for."""
+    if not is_implicit(x):
+        return cotangent
+    _, pull_back = jax.vjp(lambda x: x.materialize(), x)
+    return pull_back(as_dense(cotangent))[0]
+
+
+@register("custom_vmap_call")
+@transparent
+def custom_vmap_call_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    in_tree, out_tree, rule = params["in_tree"], params["out_tree"], params["rule"]
+
+    @jax.custom_batching.custom_vmap
+    def function(*args: Any) -> list[Any]:
+        return [as_dense(x) for x in evaluate(params["call"], args)]
+
+    @function.def_vmap
+    def batched(axis_size: int, in_batched: Any, *args: Any) -> Any:
+        flags = [any(jtu.tree_leaves(flag)) for flag in in_batched]
+        args = [
+            jtu.tree_map(
+                lambda leaf, each: leaf if each else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)),
+                x,
+                each,
+            )
+            if flag
+            else x
+            for x, each, flag in zip(args, in_batched, flags, strict=True)
+        ]
+        all_batched = jtu.tree_unflatten(in_tree, flags)
+
+        def call(*args: Any) -> Any:
+            return rule(axis_size, all_batched, *jtu.tree_unflatten(in_tree, args))
+
+        out, out_batched = implicit(call)(*args)
+        flat = out_tree.flatten_up_to(out)
+        return flat, out_tree.flatten_up_to(out_batched)
+
+    return function(*operands)
+
+
+# ---------------------------------------------------------------------------------- shard_map
+
+
+@register("shard_map")
+@transparent
+def shard_map_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    mesh = params["mesh"]
+
+    def specs(x: Any, spec: PartitionSpec) -> Any:
+        if not isinstance(x, AbstractScaledArray):
+            return spec
+        leaves = {
+            name: leaf._replace(array=_sharding.leaf_spec(leaf, name, x.shape, spec, mesh))
+            for name, leaf in x.leaves().items()
+        }
+        names = [jtu.keystr(path, simple=True) for path, _ in jtu.tree_leaves_with_path(x)]
+        return jtu.tree_unflatten(
+            jtu.tree_structure(x), [leaves[name].array for name in names]
+        )
+
+    def body(*args: Any) -> list[Any]:
+        return [
+            _make_dense(primitive, x, "an output") for x in evaluate(params["jaxpr"], args)
+        ]
+
+    mapped = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=tuple(specs(x, s) for x, s in zip(operands, params["in_specs"], strict=True)),
+        out_specs=list(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=set(params["newly_manual_axes"]),
+    )
+    return mapped(*operands)

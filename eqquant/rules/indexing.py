@@ -1,0 +1,164 @@
+"""Indexing.
+
+| primitive              | result                                                                     |
+|------------------------|----------------------------------------------------------------------------|
+| `gather`               | rows (an embedding): dense, of the size of the result; matrices: packed    |
+| `dynamic_slice`        | packed, on axes of single elements or of constant scale                    |
+| `dynamic_update_slice` | packed, when a block of equal format replaces whole tiles                  |
+| `select_n`             | packed, when a scalar chooses between equal formats                        |
+| `scatter`, …           | dense: new values have no code                                             |
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import Array, lax
+
+from .. import _tiles
+from .._array import AbstractScaledArray, QuantizedArray
+from .._dispatch import densify, register, transparent
+from .._tiles import EACH, Leaf, Tile, Unaligned, constant_tile
+from .structural import leafwise
+
+
+# --------------------------------------------------------------------------------------- gather
+
+
+@register(lax.gather_p)
+def gather_scaled(
+    primitive: Any,
+    x: AbstractScaledArray,
+    indices: Array,
+    *,
+    dimension_numbers: Any,
+    slice_sizes: Any,
+    mode: Any,
+    fill_value: Any,
+    **params: Any,
+) -> Any:
+    """Gathers codes and scales alike, then decodes what was gathered."""
+    result = leafwise(
+        x, lambda leaf: _gather(leaf, x.shape, indices, dimension_numbers, slice_sizes)
+    )
+    if result is NotImplemented:
+        return NotImplemented
+    fills = lax.GatherScatterMode.from_any(mode) == lax.GatherScatterMode.FILL_OR_DROP
+    window = [n for i, n in enumerate(slice_sizes) if i not in dimension_numbers.collapsed_slice_dims]
+    if not fills and sum(n > 1 for n in window) >= 2:
+        return result  # matrices out of a stack
+    rows = result.materialize()
+    if not fills:
+        return rows
+    # An index outside the array gives the fill value.
+    limits = [x.shape[axis] - slice_sizes[axis] for axis in dimension_numbers.start_index_map]
+    inside = jnp.all((indices >= 0) & (indices <= jnp.asarray(limits, indices.dtype)), axis=-1)
+    batch = [i for i in range(rows.ndim) if i not in dimension_numbers.offset_dims]
+    fill = jnp.nan if fill_value is None else fill_value
+    return jnp.where(lax.broadcast_in_dim(inside, rows.shape, batch), rows, jnp.asarray(fill, x.dtype))
+
+
+def _gather(
+    leaf: Leaf, shape: Sequence[int], indices: Array, numbers: Any, slice_sizes: Sequence[int]
+) -> Leaf:
+    sizes = list(slice_sizes)
+    tiles: list[Tile] = list(leaf.tiles)
+    columns = [indices[..., i] for i in range(len(numbers.start_index_map))]
+    for axis, length in enumerate(shape):
+        stored, tile = leaf.array.shape[axis], leaf.tiles[axis]
+        if axis in numbers.operand_batching_dims:
+            if stored != length:
+                raise Unaligned
+        elif leaf.is_constant_along(axis):
+            sizes[axis] = min(1, slice_sizes[axis])
+            tiles[axis] = constant_tile(slice_sizes[axis])
+            if axis in numbers.start_index_map:
+                column = numbers.start_index_map.index(axis)
+                columns[column] = jnp.zeros_like(columns[column])
+        elif axis in numbers.start_index_map and tile.size > 1:
+            if leaf.ordered or slice_sizes[axis] != 1:
+                raise Unaligned
+            column = numbers.start_index_map.index(axis)
+            columns[column] = jnp.clip(columns[column], 0, length - 1) // tile.size
+            tiles[axis] = EACH
+        elif slice_sizes[axis] == length:
+            sizes[axis] = stored
+        elif tile.size > 1:
+            raise Unaligned
+    moved = jnp.stack(columns, axis=-1) if columns else indices
+    gathered = lax.gather(
+        leaf.array, moved, numbers, tuple(sizes), mode=lax.GatherScatterMode.CLIP
+    )
+    dropped = set(numbers.collapsed_slice_dims) | set(numbers.operand_batching_dims)
+    window = iter([tiles[axis] for axis in range(len(shape)) if axis not in dropped])
+    out_tiles = tuple(
+        next(window) if i in numbers.offset_dims else EACH for i in range(gathered.ndim)
+    )
+    return Leaf(gathered, out_tiles, leaf.ordered)
+
+
+# ------------------------------------------------------------------------------- dynamic slices
+
+
+@register(lax.dynamic_slice_p)
+def dynamic_slice_scaled(
+    primitive: Any, x: AbstractScaledArray, *starts: Array, slice_sizes: Any
+) -> Any:
+    def move(leaf: Leaf) -> Leaf:
+        for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
+            leaf = _tiles.dynamic_slice(leaf, axis, x.shape[axis], start, size)
+        return leaf
+
+    return leafwise(x, move)
+
+
+@register(lax.dynamic_update_slice_p)
+def dynamic_update_slice_scaled(
+    primitive: Any, x: AbstractScaledArray, update: AbstractScaledArray, *starts: Array
+) -> Any:
+    if type(x) is not type(update) or (x.dtype, x.via) != (update.dtype, update.via):
+        return NotImplemented
+    updates, moved = update.leaves(), {}
+    for name, leaf in x.leaves().items():
+        new = updates[name]
+        begin = []
+        for axis, start in enumerate(starts):
+            whole = update.shape[axis] == x.shape[axis]
+            if whole and (new.tiles[axis], new.array.shape[axis]) == (
+                leaf.tiles[axis],
+                leaf.array.shape[axis],
+            ):
+                begin.append(0)
+            elif leaf.tiles[axis].size == 1 == new.tiles[axis].size:
+                begin.append(jnp.clip(start, 0, x.shape[axis] - update.shape[axis]))
+            else:
+                return NotImplemented
+        moved[name] = leaf._replace(array=lax.dynamic_update_slice(leaf.array, new.array, begin))
+    return x.with_leaves(moved)
+
+
+# --------------------------------------------------------------------------------------- select
+
+
+@register(lax.select_n_p)
+def select_n_any(primitive: Any, which: Array, *cases: QuantizedArray | Array) -> Any:
+    first = cases[0]
+    same = all(
+        isinstance(case, AbstractScaledArray)
+        and jtu.tree_structure(case) == jtu.tree_structure(first)
+        and [leaf.shape for leaf in jtu.tree_leaves(case)]
+        == [leaf.shape for leaf in jtu.tree_leaves(first)]
+        for case in cases
+    )
+    if not same or which.ndim:
+        return NotImplemented
+    return jtu.tree_map(lambda *leaves: lax.select_n(which, *leaves), *cases)
+
+
+@register("scatter", "scatter-add", "scatter_add", "scatter_sub", "scatter-sub", "scatter_mul",
+          "scatter-mul", "scatter_min", "scatter-min", "scatter_max", "scatter-max")  # fmt: skip
+@transparent
+def scatter_dense(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    """Arbitrary new values have no code: the result is dense."""
+    return densify(primitive, operands, params)[0]

@@ -1,0 +1,233 @@
+"""Structural primitives: they only rearrange elements, so they act leaf by leaf, exactly.
+
+| primitive                       | stays packed where                                            |
+|---------------------------------|---------------------------------------------------------------|
+| `transpose`                     | always                                                        |
+| `reshape`                       | every tile stays whole                                        |
+| `broadcast_in_dim`              | always, unless a packed axis of length 1 is widened           |
+| `squeeze`                       | always; a vector comes out dense                              |
+| `slice`, `split`, `unstack`     | on tile boundaries, or inside one tile of a scale             |
+| `rev`                           | along axes of single elements or of whole tiles of a scale    |
+| `concatenate`, `stack`, `tile`  | equal formats meet at tile boundaries                         |
+| `pad`                           | with zeros, where a code of 0 means 0                         |
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .. import _tiles
+from .._array import AbstractScaledArray, QuantizedArray
+from .._dispatch import ImplicitArray, register
+from .._tiles import Leaf, Unaligned
+
+
+class TransposedView(ImplicitArray):
+    """A quantized array seen with its axes permuted, while a function is being evaluated.
+
+    `dot_general` reads the stored order directly; every other rule, and the caller of `implicit`,
+    gets the leaves transposed.
+    """
+
+    array: AbstractScaledArray
+    permutation: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape[axis] for axis in self.permutation)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
+    def settle(self) -> AbstractScaledArray:
+        return leafwise(self.array, lambda leaf: _tiles.transpose(leaf, self.permutation))
+
+    def materialize(self) -> Array:
+        return lax.transpose(self.array.materialize(), self.permutation)
+
+
+def leafwise(x: AbstractScaledArray, move: Callable[[Leaf], Leaf]) -> Any:
+    """`x` with every leaf moved, or `NotImplemented` where that has no packed form."""
+    try:
+        return x.with_leaves({name: move(leaf) for name, leaf in x.leaves().items()})
+    except Unaligned:
+        return NotImplemented
+
+
+@register(lax.transpose_p)
+def transpose_scaled(primitive: Any, x: AbstractScaledArray, *, permutation: Any) -> Any:
+    return TransposedView(x, tuple(permutation))
+
+
+@register(lax.transpose_p)
+def transpose_view(primitive: Any, x: TransposedView, *, permutation: Any) -> Any:
+    return TransposedView(x.array, tuple(x.permutation[axis] for axis in permutation))
+
+
+@register(lax.reshape_p)
+def reshape_scaled(
+    primitive: Any, x: AbstractScaledArray, *, new_sizes: Any, dimensions: Any = None, **params: Any
+) -> Any:
+    if dimensions is not None or params.get("sharding") is not None:
+        return NotImplemented
+    return leafwise(x, lambda leaf: _tiles.reshape(leaf, x.shape, new_sizes))
+
+
+@register(lax.broadcast_in_dim_p)
+def broadcast_in_dim_scaled(
+    primitive: Any,
+    x: AbstractScaledArray,
+    *,
+    shape: Any,
+    broadcast_dimensions: Any,
+    sharding: Any = None,
+    **params: Any,
+) -> Any:
+    if sharding is not None:
+        return NotImplemented
+
+    def move(leaf: Leaf) -> Leaf:
+        source = dict(zip(broadcast_dimensions, x.shape, strict=True))
+        for axis, length in enumerate(shape):
+            if axis not in source:
+                leaf = _tiles.insert_axis(leaf, axis)
+            if source.get(axis, 1) != length:
+                leaf = _tiles.widen(leaf, axis, length)
+        return leaf
+
+    return leafwise(x, move)
+
+
+@register(lax.squeeze_p)
+def squeeze_scaled(primitive: Any, x: AbstractScaledArray, *, dimensions: Any) -> Any:
+    def move(leaf: Leaf) -> Leaf:
+        for axis in sorted((d % x.ndim for d in dimensions), reverse=True):
+            leaf = _tiles.remove_axis(leaf, axis)
+        return leaf
+
+    return as_activation(leafwise(x, move), x)
+
+
+@register(lax.slice_p)
+def slice_scaled(
+    primitive: Any,
+    x: AbstractScaledArray,
+    *,
+    start_indices: Any,
+    limit_indices: Any,
+    strides: Any,
+) -> Any:
+    return _slice(x, start_indices, limit_indices, strides or (1,) * x.ndim)
+
+
+def _slice(x: AbstractScaledArray, starts: Any, stops: Any, strides: Any) -> Any:
+    def move(leaf: Leaf) -> Leaf:
+        for axis, bounds in enumerate(zip(x.shape, starts, stops, strides, strict=True)):
+            leaf = _tiles.reslice(leaf, axis, *map(int, bounds))
+        return leaf
+
+    return leafwise(x, move)
+
+
+def as_activation(result: Any, x: AbstractScaledArray) -> Any:
+    """`result`, dense if it is a vector cut from the matrix `x`: a row is used in arithmetic."""
+    if isinstance(result, QuantizedArray) and result.ndim < 2 <= x.ndim:
+        return result.materialize()
+    return result
+
+
+@register(lax.rev_p)
+def rev_scaled(primitive: Any, x: AbstractScaledArray, *, dimensions: Any) -> Any:
+    def move(leaf: Leaf) -> Leaf:
+        for axis in dimensions:
+            leaf = _tiles.reverse(leaf, axis, x.shape[axis])
+        return leaf
+
+    return leafwise(x, move)
+
+
+def _pieces(x: AbstractScaledArray, axis: int, sizes: Sequence[int]) -> Any:
+    bounds = np.cumsum([0, *sizes])
+    pieces = []
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        starts, stops = [0] * x.ndim, list(x.shape)
+        starts[axis], stops[axis] = int(start), int(stop)
+        pieces.append(_slice(x, starts, stops, [1] * x.ndim))
+    return pieces if all(piece is not NotImplemented for piece in pieces) else NotImplemented
+
+
+@register("split")
+def split_scaled(primitive: Any, x: AbstractScaledArray, *, sizes: Any, axis: int) -> Any:
+    return _pieces(x, axis, sizes)
+
+
+@register("unstack")
+def unstack_scaled(primitive: Any, x: AbstractScaledArray, *, axis: int) -> Any:
+    pieces = _pieces(x, axis, [1] * x.shape[axis])
+    if pieces is NotImplemented:
+        return NotImplemented
+    return [squeeze_scaled(lax.squeeze_p, piece, dimensions=(axis,)) for piece in pieces]
+
+
+def join(arrays: Sequence[Any], axis: int) -> Any:
+    """The arrays concatenated, leaf by leaf; `NotImplemented` unless all have one format."""
+    first = arrays[0]
+    if not isinstance(first, AbstractScaledArray) or any(
+        type(x) is not type(first) or (x.dtype, x.via) != (first.dtype, first.via) for x in arrays
+    ):
+        return NotImplemented
+    lengths = [x.shape[axis] for x in arrays]
+    kept = [i for i, n in enumerate(lengths) if n]
+    if len(kept) <= 1:
+        return arrays[kept[0]] if kept else first
+    leaves = [arrays[i].leaves() for i in kept]
+    try:
+        joined = {
+            name: _tiles.join([each[name] for each in leaves], axis, [lengths[i] for i in kept])
+            for name in leaves[0]
+        }
+        return first.with_leaves(joined)
+    except Unaligned:
+        return NotImplemented
+
+
+@register(lax.concatenate_p)
+def concatenate_any(primitive: Any, *arrays: QuantizedArray | Array, dimension: int) -> Any:
+    return join(arrays, dimension)
+
+
+@register("stack")
+def stack_any(primitive: Any, *arrays: QuantizedArray | Array, axis: int) -> Any:
+    if not all(isinstance(x, AbstractScaledArray) for x in arrays):
+        return NotImplemented
+    rows = [leafwise(x, lambda leaf: _tiles.insert_axis(leaf, axis)) for x in arrays]  # pyright: ignore
+    return NotImplemented if any(row is NotImplemented for row in rows) else join(rows, axis)
+
+
+@register("tile")
+def tile_scaled(primitive: Any, x: AbstractScaledArray, *, reps: Any) -> Any:
+    result: Any = x
+    for axis, count in enumerate(reps):
+        if count != 1 and result is not NotImplemented:
+            result = join([result] * count, axis) if count else NotImplemented
+    return result
+
+
+@register(lax.pad_p)
+def pad_scaled(
+    primitive: Any, x: AbstractScaledArray, value: Array, *, padding_config: Any
+) -> Any:
+    if isinstance(value, jax.core.Tracer) or not x.has_zero_code or jnp.asarray(value) != 0:
+        return NotImplemented
+
+    def move(leaf: Leaf) -> Leaf:
+        for axis, (low, high, interior) in enumerate(padding_config):
+            leaf = _tiles.pad(leaf, axis, x.shape[axis], int(low), int(high), int(interior))
+        return leaf
+
+    return leafwise(x, move)
