@@ -18,7 +18,19 @@ R = TypeVar("R")
 
 
 def is_implicit(x: Any) -> bool:
-    """Whether `x` is a quantized array (or another implicit one): an `is_leaf` for tree maps."""
+    """Whether `x` is a quantized array (or another implicit one): an `is_leaf` for tree maps.
+
+    !!! example
+
+        ```python
+        import jax, jax.numpy as jnp
+        import eqquant as eqq
+
+        tree = {"w": eqq.Array8B.quantize(jnp.ones((4, 8))), "b": jnp.ones(4)}
+        found = jax.tree.map(eqq.is_implicit, tree, is_leaf=eqq.is_implicit)
+        assert found == {"w": True, "b": False}
+        ```
+    """
     return isinstance(x, ImplicitArray)
 
 

@@ -28,7 +28,8 @@ def as_float_array(where: str, array: Any) -> Array:
             f"{where} takes a floating-point array; it was given {array.dtype}"
             f"{list(array.shape)}. Cast it first: array.astype(jnp.float32)."
         )
-    return jnp.asarray(array)
+    with np.errstate(over="ignore"):  # float64 beyond float32: found as infinite later
+        return jnp.asarray(array)
 
 
 def check_dtype(where: str, dtype: Any) -> np.dtype:

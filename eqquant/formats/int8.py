@@ -28,7 +28,7 @@ class Array8B(AbstractScaledArray):
     r"""Stores $x_{ij} \approx s_i q_{ij}$ with $q_{ij} \in \{-127, \dots, 127\}$.
 
     The scale is $s_i = \max_j |x_{ij}| / 127$ over the quantized axes (by default the last one),
-    and $q_{ij}$ is $x_{ij} \cdot (127 / \max_j |x_{ij}|)$ rounded to the nearest integer, ties to even:
+    and $q_{ij}$ is $x_{ij} \cdot (127 \cdot (1 / \max_j |x_{ij}|))$ rounded to the nearest integer, ties to even:
     vector-wise absmax quantization ([LLM.int8()](https://arxiv.org/abs/2208.07339), section 2), with the
     same codes as bitsandbytes' `int8_vectorwise_quant`. The error of an element is at most
     $s_i / 2$. 8 bits for each weight and 32 for each scale.
@@ -223,8 +223,11 @@ def _quantize(
     # 127 * scale must not round up to infinity.
     scale = jnp.where(jnp.isinf(scale * 127) & jnp.isfinite(scale), jnp.nextafter(scale, 0), scale)
     is_zero = absmax < 127 * jnp.finfo(jnp.float32).tiny
-    reciprocal = jnp.where(is_zero, 0, 127 / jnp.where(is_zero, 1, absmax))
-    weight = jnp.clip(jnp.round(x * reciprocal), -127, 127).astype(jnp.int8)
+    # 127 (1 / absmax), not 127 / absmax: in float32 they differ, and this is what bitsandbytes does.
+    # Above 1e37 the reciprocal would be subnormal, and be flushed to zero.
+    safe = jnp.where(is_zero, 1, absmax)
+    inverse = jnp.where(is_zero, 0, jnp.where(absmax > 1e37, 127 / safe, 127 * (1 / safe)))
+    weight = jnp.clip(jnp.round(x * inverse), -127, 127).astype(jnp.int8)
     return jnp.where(is_zero, 1, scale), weight
 
 

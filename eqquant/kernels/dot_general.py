@@ -59,7 +59,7 @@ def quantized_dot_general(
     params = dict(
         treedef=treedef,
         axes=Axes.of(dimension_numbers),
-        precision=lax.canonicalize_precision(precision) if precision is not None else None,
+        precision=precision,
         out_dtype=_out_dtype(x, w, preferred_element_type),
     )
     if _compat.has_explicit_axes(x, *leaves):

@@ -7,6 +7,7 @@
 | `ragged_dot_general`   | groups of quantized matrices | group by group                                 |
 | `conv_general_dilated` | quantized kernel             | scale on the output channels where it can be   |
 | `reduce_sum`, `max`, … | quantized                    | decoded inside the reduction, in one pass      |
+| `reduce` by a function | quantized                    | dense                                          |
 """
 
 from functools import partial
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._array import AbstractScaledArray, QuantizedArray
-from .._dispatch import apply, dense_nbytes, register, report_materialized, transparent
+from .._dispatch import apply, dense_nbytes, densify, register, report_materialized, transparent
 from .._tiles import dynamic_slice, remove_axis, spread
 from ..kernels import quantized_dot_general
 from .structural import TransposedView
@@ -207,3 +208,10 @@ def reduce_scaled(primitive: Any, x: AbstractScaledArray, **params: Any) -> Any:
 
     decode_and_reduce.__name__ = f"{primitive.name}_quantized"
     return jax.jit(decode_and_reduce)(x)
+
+
+@register(lax.reduce_p)
+@transparent
+def reduce_dense(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
+    """A reduction by a function of the user's."""
+    return densify(primitive, operands, params)

@@ -45,8 +45,7 @@ def gather_scaled(
     if result is NotImplemented:
         return NotImplemented
     fills = lax.GatherScatterMode.from_any(mode) == lax.GatherScatterMode.FILL_OR_DROP
-    window = [n for i, n in enumerate(slice_sizes) if i not in dimension_numbers.collapsed_slice_dims]
-    if not fills and sum(n > 1 for n in window) >= 2:
+    if not fills and x.ndim >= 2 and min(slice_sizes[-2:]) > 1:
         return result  # matrices out of a stack
     rows = result.materialize()
     if not fills:
@@ -56,7 +55,9 @@ def gather_scaled(
     inside = jnp.all((indices >= 0) & (indices <= jnp.asarray(limits, indices.dtype)), axis=-1)
     batch = [i for i in range(rows.ndim) if i not in dimension_numbers.offset_dims]
     fill = jnp.nan if fill_value is None else fill_value
-    return jnp.where(lax.broadcast_in_dim(inside, rows.shape, batch), rows, jnp.asarray(fill, x.dtype))
+    return jnp.where(
+        lax.broadcast_in_dim(inside, rows.shape, batch), rows, jnp.asarray(fill, x.dtype)
+    )
 
 
 def _gather(
@@ -87,9 +88,7 @@ def _gather(
         elif tile.size > 1:
             raise Unaligned
     moved = jnp.stack(columns, axis=-1) if columns else indices
-    gathered = lax.gather(
-        leaf.array, moved, numbers, tuple(sizes), mode=lax.GatherScatterMode.CLIP
-    )
+    gathered = lax.gather(leaf.array, moved, numbers, tuple(sizes), mode=lax.GatherScatterMode.CLIP)
     dropped = set(numbers.collapsed_slice_dims) | set(numbers.operand_batching_dims)
     window = iter([tiles[axis] for axis in range(len(shape)) if axis not in dropped])
     out_tiles = tuple(
@@ -103,7 +102,7 @@ def _gather(
 
 @register(lax.dynamic_slice_p)
 def dynamic_slice_scaled(
-    primitive: Any, x: AbstractScaledArray, *starts: Array, slice_sizes: Any
+    primitive: Any, x: AbstractScaledArray, *starts: Array, slice_sizes: Any, **params: Any
 ) -> Any:
     def move(leaf: Leaf) -> Leaf:
         for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
@@ -115,7 +114,11 @@ def dynamic_slice_scaled(
 
 @register(lax.dynamic_update_slice_p)
 def dynamic_update_slice_scaled(
-    primitive: Any, x: AbstractScaledArray, update: AbstractScaledArray, *starts: Array
+    primitive: Any,
+    x: AbstractScaledArray,
+    update: AbstractScaledArray,
+    *starts: Array,
+    **params: Any,
 ) -> Any:
     if type(x) is not type(update) or (x.dtype, x.via) != (update.dtype, update.via):
         return NotImplemented
@@ -142,7 +145,9 @@ def dynamic_update_slice_scaled(
 
 
 @register(lax.select_n_p)
-def select_n_any(primitive: Any, which: Array, *cases: QuantizedArray | Array) -> Any:
+def select_n_any(
+    primitive: Any, which: Array, *cases: QuantizedArray | Array, **params: Any
+) -> Any:
     first = cases[0]
     same = all(
         isinstance(case, AbstractScaledArray)

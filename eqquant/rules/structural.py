@@ -60,12 +60,14 @@ def leafwise(x: AbstractScaledArray, move: Callable[[Leaf], Leaf]) -> Any:
 
 
 @register(lax.transpose_p)
-def transpose_scaled(primitive: Any, x: AbstractScaledArray, *, permutation: Any) -> Any:
+def transpose_scaled(
+    primitive: Any, x: AbstractScaledArray, *, permutation: Any, **params: Any
+) -> Any:
     return TransposedView(x, tuple(permutation))
 
 
 @register(lax.transpose_p)
-def transpose_view(primitive: Any, x: TransposedView, *, permutation: Any) -> Any:
+def transpose_view(primitive: Any, x: TransposedView, *, permutation: Any, **params: Any) -> Any:
     return TransposedView(x.array, tuple(x.permutation[axis] for axis in permutation))
 
 
@@ -73,9 +75,11 @@ def transpose_view(primitive: Any, x: TransposedView, *, permutation: Any) -> An
 def reshape_scaled(
     primitive: Any, x: AbstractScaledArray, *, new_sizes: Any, dimensions: Any = None, **params: Any
 ) -> Any:
-    if dimensions is not None or params.get("sharding") is not None:
+    if params.get("sharding") is not None:
         return NotImplemented
-    return leafwise(x, lambda leaf: _tiles.reshape(leaf, x.shape, new_sizes))
+    order = range(x.ndim) if dimensions is None else dimensions
+    shape = [x.shape[axis] for axis in order]
+    return leafwise(x, lambda leaf: _tiles.reshape(_tiles.transpose(leaf, order), shape, new_sizes))
 
 
 @register(lax.broadcast_in_dim_p)
@@ -104,7 +108,9 @@ def broadcast_in_dim_scaled(
 
 
 @register(lax.squeeze_p)
-def squeeze_scaled(primitive: Any, x: AbstractScaledArray, *, dimensions: Any) -> Any:
+def squeeze_scaled(
+    primitive: Any, x: AbstractScaledArray, *, dimensions: Any, **params: Any
+) -> Any:
     def move(leaf: Leaf) -> Leaf:
         for axis in sorted((d % x.ndim for d in dimensions), reverse=True):
             leaf = _tiles.remove_axis(leaf, axis)
@@ -121,6 +127,7 @@ def slice_scaled(
     start_indices: Any,
     limit_indices: Any,
     strides: Any,
+    **params: Any,
 ) -> Any:
     return _slice(x, start_indices, limit_indices, strides or (1,) * x.ndim)
 
@@ -142,7 +149,7 @@ def as_activation(result: Any, x: AbstractScaledArray) -> Any:
 
 
 @register(lax.rev_p)
-def rev_scaled(primitive: Any, x: AbstractScaledArray, *, dimensions: Any) -> Any:
+def rev_scaled(primitive: Any, x: AbstractScaledArray, *, dimensions: Any, **params: Any) -> Any:
     def move(leaf: Leaf) -> Leaf:
         for axis in dimensions:
             leaf = _tiles.reverse(leaf, axis, x.shape[axis])
@@ -162,12 +169,14 @@ def _pieces(x: AbstractScaledArray, axis: int, sizes: Sequence[int]) -> Any:
 
 
 @register("split")
-def split_scaled(primitive: Any, x: AbstractScaledArray, *, sizes: Any, axis: int) -> Any:
+def split_scaled(
+    primitive: Any, x: AbstractScaledArray, *, sizes: Any, axis: int, **params: Any
+) -> Any:
     return _pieces(x, axis, sizes)
 
 
 @register("unstack")
-def unstack_scaled(primitive: Any, x: AbstractScaledArray, *, axis: int) -> Any:
+def unstack_scaled(primitive: Any, x: AbstractScaledArray, *, axis: int, **params: Any) -> Any:
     pieces = _pieces(x, axis, [1] * x.shape[axis])
     if pieces is NotImplemented:
         return NotImplemented
@@ -197,12 +206,14 @@ def join(arrays: Sequence[Any], axis: int) -> Any:
 
 
 @register(lax.concatenate_p)
-def concatenate_any(primitive: Any, *arrays: QuantizedArray | Array, dimension: int) -> Any:
+def concatenate_any(
+    primitive: Any, *arrays: QuantizedArray | Array, dimension: int, **params: Any
+) -> Any:
     return join(arrays, dimension)
 
 
 @register("stack")
-def stack_any(primitive: Any, *arrays: QuantizedArray | Array, axis: int) -> Any:
+def stack_any(primitive: Any, *arrays: QuantizedArray | Array, axis: int, **params: Any) -> Any:
     if not all(isinstance(x, AbstractScaledArray) for x in arrays):
         return NotImplemented
     rows = [leafwise(x, lambda leaf: _tiles.insert_axis(leaf, axis)) for x in arrays]  # pyright: ignore
@@ -210,7 +221,7 @@ def stack_any(primitive: Any, *arrays: QuantizedArray | Array, axis: int) -> Any
 
 
 @register("tile")
-def tile_scaled(primitive: Any, x: AbstractScaledArray, *, reps: Any) -> Any:
+def tile_scaled(primitive: Any, x: AbstractScaledArray, *, reps: Any, **params: Any) -> Any:
     result: Any = x
     for axis, count in enumerate(reps):
         if count != 1 and result is not NotImplemented:
@@ -220,7 +231,7 @@ def tile_scaled(primitive: Any, x: AbstractScaledArray, *, reps: Any) -> Any:
 
 @register(lax.pad_p)
 def pad_scaled(
-    primitive: Any, x: AbstractScaledArray, value: Array, *, padding_config: Any
+    primitive: Any, x: AbstractScaledArray, value: Array, *, padding_config: Any, **params: Any
 ) -> Any:
     if isinstance(value, jax.core.Tracer) or not x.has_zero_code or jnp.asarray(value) != 0:
         return NotImplemented

@@ -30,8 +30,9 @@ def fused(
         between = (1,) * len(axes.x_free(x.ndim))
         outputs = factors.shape[len(batch) : len(batch) + len(free)]
         return y * factors.reshape(*batch, *between, *outputs)
-    if all(scale.is_constant_along(axis) for axis in free):
-        # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
+    if all(scale.is_constant_along(axis) for axis in free) and x.size <= w.size:
+        # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input,
+        # unless that is the larger of the two.
         factors = spread(scale, w.shape, (*axes.w_batch, *axes.w_contract)).astype(accumulate)
         factors = lax.squeeze(factors, free)
         kept = [axis for axis in range(w.ndim) if axis not in free]
@@ -41,7 +42,7 @@ def fused(
         x = x.astype(accumulate)
         x = x * lax.broadcast_in_dim(factors, x.shape, sorted(target.values()))
         return _dot(x, w.values(accumulate), axes, precision, accumulate)
-    # The scale varies along both: it has to be multiplied in.
+    # It has to be multiplied in.
     values = w.values(accumulate) * spread(scale, w.shape).astype(accumulate)
     return _dot(x, values, axes, precision, accumulate)
 

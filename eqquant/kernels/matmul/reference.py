@@ -1,5 +1,6 @@
 """What a quantized product means."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax import Array, lax
@@ -29,6 +30,24 @@ class Axes(NamedTuple):
 
     def w_free(self, ndim: int) -> list[int]:
         return [i for i in range(ndim) if i not in self.w_contract + self.w_batch]
+
+    def x_axis(self, w_axis: int) -> int | None:
+        """The axis of `x` that is multiplied with this axis of `w`; None for a free axis."""
+        pairs = zip(self.w_batch + self.w_contract, self.x_batch + self.x_contract, strict=True)
+        return dict(pairs).get(w_axis)
+
+    def y_axis(self, w_axis: int, x_ndim: int, w_ndim: int) -> int | None:
+        """The axis of the result that this axis of `w` becomes; None for a contracted axis."""
+        if w_axis in self.w_contract:
+            return None
+        if w_axis in self.w_batch:
+            return self.w_batch.index(w_axis)
+        return x_ndim - len(self.x_contract) + self.w_free(w_ndim).index(w_axis)
+
+    def output_shape(self, x: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the result, from those of the operands."""
+        axes_of_x = [*self.x_batch, *self.x_free(len(x))]
+        return (*(x[i] for i in axes_of_x), *(w[i] for i in self.w_free(len(w))))
 
 
 def reference(

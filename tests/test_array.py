@@ -1,0 +1,201 @@
+"""A quantized array behaves as an array: operators, indexing, NumPy, jaxtyping, tree utilities."""
+
+import operator
+
+import beartype
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from jaxtyping import Array, Float, jaxtyped
+
+import eqquant as eqq
+
+
+@pytest.fixture
+def q():
+    return eqq.Array8B.quantize(jax.random.normal(jax.random.key(0), (4, 6)))
+
+
+@pytest.fixture
+def dense(q):
+    return q.materialize()
+
+
+PACKED = {
+    "q @ x": lambda q: q @ jnp.arange(6.0),
+    "x @ q": lambda q: np.arange(4, dtype=np.float32) @ q,
+    "q.dot": lambda q: q.dot(jnp.ones(6)),
+    "2 * q": lambda q: 2 * q,
+    "q * 2": lambda q: q * 2.0,
+    "q / 2": lambda q: q / 2,
+    "-q": lambda q: -q,
+    "q.T": lambda q: q.T,
+    "q.mT": lambda q: q.mT,
+    "transpose": lambda q: q.transpose(1, 0),
+    "swapaxes": lambda q: q.swapaxes(0, 1),
+    "reshape": lambda q: q.reshape(2, 2, 6),
+    "ravel": lambda q: q.ravel(),
+    "squeeze": lambda q: q.reshape(1, 4, 6).squeeze(0),
+    "astype": lambda q: q.astype(jnp.bfloat16),
+    "q[1]": lambda q: q[1],
+    "q[-1, 2]": lambda q: q[-1, 2],
+    "q[1:3]": lambda q: q[1:3],
+    "q[..., None]": lambda q: q[..., None],
+    "q[array]": lambda q: q[jnp.array([0, 2])],
+    "list(q)": lambda q: list(q)[2],
+    "sum": lambda q: q.sum(0),
+    "max": lambda q: q.max(),
+    "min": lambda q: q.min(1),
+}
+DENSE = {
+    "q + x": lambda q: q + jnp.ones(6),
+    "1 - q": lambda q: 1 - q,
+    "q - q": lambda q: q - 2 * q,
+    "q * q": lambda q: q * q,
+    "q ** 2": lambda q: q**2,
+    "2 ** q": lambda q: 2.0**q,
+    "q // 2": lambda q: q // 0.1,
+    "q % 2": lambda q: q % 0.3,
+    "divmod": lambda q: divmod(q, 0.3)[1],
+    "abs": abs,
+    "+q": operator.pos,
+    "round": lambda q: round(q, 1),
+    "q < 0": lambda q: q < 0,
+    "q >= 0": lambda q: q >= 0,
+    "q == q": lambda q: q == q,  # noqa: PLR0124
+    "q != 0": lambda q: q != 0,
+    "mask": lambda q: q[np.array([True, False, True, False])],
+    "mean": lambda q: q.mean(1),
+    "at": lambda q: q.at[0].set(1.0),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_operators(name, q, dense):
+    with eqq.strict():
+        got = PACKED[name](q)
+    np.testing.assert_allclose(eqq.materialize(got), PACKED[name](dense), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_operators(name, q, dense):
+    with eqq.on_materialize("ignore"):
+        got = eqq.materialize(DENSE[name](q))
+    want = DENSE[name](dense)
+    assert got.dtype == want.dtype
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_numpy_scalars_and_arrays_on_either_side(q, dense):
+    with eqq.on_materialize("ignore"):
+        for other in (np.float32(2), np.ones((4, 6), np.float32), 3, 1.5):
+            for op in (operator.add, operator.mul, operator.sub, operator.truediv):
+                np.testing.assert_allclose(eqq.materialize(op(q, other)), op(dense, other), rtol=1e-6)
+                np.testing.assert_allclose(eqq.materialize(op(other, q)), op(other, dense), rtol=1e-6)
+
+
+def test_jax_array_on_the_left_is_right_dense_and_warned_about(q, dense):
+    x = jnp.ones((2, 4))
+    with pytest.warns(eqq.MaterializeWarning, match=r"outside eqquant.implicit.*Array8B float32\[4,6\]"):
+        np.testing.assert_allclose(x @ q, x @ dense, rtol=1e-6)
+    with pytest.warns(eqq.MaterializeWarning):
+        np.testing.assert_array_equal(jnp.sin(q), jnp.sin(dense))
+
+
+def test_numpy_conversion(q, dense):
+    np.testing.assert_array_equal(np.asarray(q), dense)
+    assert np.asarray(q, np.float64).dtype == np.float64
+    assert np.array(q).dtype == np.float32
+    with pytest.raises(ValueError, match="must copy"):
+        np.array(q, copy=False)
+
+
+def test_scalars_and_lengths(q):
+    one = eqq.Array8B.quantize(jnp.asarray(2.5))
+    assert (float(one), int(one), complex(one), bool(one)) == (2.5, 2, 2.5 + 0j, True)
+    assert len(q) == 4 and len(list(q)) == 4
+    with pytest.raises(TypeError, match="0-d"):
+        len(one)
+    with pytest.raises(ValueError, match="ambiguous"):
+        bool(q)
+
+
+def test_hash_and_equality_do_not_raise(q):
+    assert len({q, q}) == 1
+    with eqq.on_materialize("ignore"):
+        assert bool((q == q).all())  # noqa: PLR0124
+
+
+def test_unknown_operands_are_refused_in_the_usual_way(q):
+    for op in (operator.add, operator.matmul, operator.lt):
+        with pytest.raises(TypeError, match="unsupported operand|not supported"):
+            op(q, "text")
+
+
+def test_repr_says_what_it_is(q):
+    assert repr(q).startswith("Array8B(float32[4,6], 13.33 bits/weight, ")
+    assert "weight=int8[4,6]" in repr(q) and "scale=float32[4,1]" in repr(q)
+    assert "Array8B" in repr(jtu.tree_map(lambda leaf: None, q))
+
+
+def test_commute_ops_serves_the_reflected_operators(q, monkeypatch):
+    monkeypatch.setattr(eqq.Array8B, "commute_ops", False)
+    with pytest.raises(TypeError):
+        2 * q
+    assert isinstance(q * 2, eqq.Array8B)
+
+
+# ----------------------------------------------------------------------------------- jaxtyping
+
+
+def test_jaxtyping_outside_implicit(q):
+    assert isinstance(q, Float[eqq.QuantizedArray, "out in"])
+    assert isinstance(q, Float[eqq.Array8B, "4 6"])
+    assert not isinstance(q, Float[eqq.QuantizedArray, "4 5"])
+    assert not isinstance(q, Float[eqq.QuantizedArray, "out"])
+
+
+def test_jaxtyping_inside_implicit(q):
+    @jaxtyped(typechecker=beartype.beartype)
+    def product(w: Float[Array, "out in"], x: Float[Array, " in"]) -> Float[Array, " out"]:
+        return w @ x
+
+    assert eqq.implicit(product)(q, jnp.ones(6)).shape == (4,)
+    with pytest.raises(Exception, match="in"):
+        eqq.implicit(product)(q, jnp.ones(5))
+
+
+def test_jaxtyping_of_the_fields():
+    with pytest.raises(Exception, match="weight"):
+        eqq.Array8B(jnp.ones((3, 1)), jnp.ones((3, 4)))  # not int8
+
+
+# ------------------------------------------------------------------------------- tree utilities
+
+
+def test_it_is_a_pytree_with_named_leaves(q):
+    paths = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(q)]
+    assert paths == [".scale", ".weight"]
+    assert eqx.tree_equal(q, jtu.tree_map(lambda leaf: leaf, q))
+    assert hash(jtu.tree_structure(q)) == hash(jtu.tree_structure(q * 2))
+
+
+def test_static_facts_survive_added_and_removed_axes(q):
+    stacked = jtu.tree_map(lambda *leaves: jnp.stack(leaves), q, 2 * q, -q)
+    assert stacked.shape == (3, 4, 6) and stacked.axis == (-1,)
+    np.testing.assert_array_equal(stacked.materialize()[2], -q.materialize())
+    assert jtu.tree_map(lambda leaf: leaf[1], stacked).shape == (4, 6)
+
+
+def test_safe_materialize_and_safe_delete(q):
+    dense, materialized = eqq.safe_materialize(q)
+    assert materialized
+    eqq.safe_delete(dense, materialized)
+    assert dense.is_deleted()
+    same, materialized = eqq.safe_materialize(x := jnp.ones(3))
+    assert same is x and not materialized
+    eqq.safe_delete(same, materialized)
+    assert not x.is_deleted()

@@ -1,0 +1,163 @@
+"""Every example that a reader can see runs, and every public name is documented."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jax import lax
+
+import eqquant as eqq
+from eqquant import _compat, _dispatch, kernels
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+
+def public(namespace: Any) -> dict[str, Any]:
+    """What a module or class itself defines under public names, but for modules."""
+    return {
+        name: value
+        for name, value in vars(namespace).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+
+
+NAMES = {f"eqquant.{name}": x for name, x in public(eqq).items()} | {
+    f"eqquant.kernels.{name}": x for name, x in public(kernels).items() if name in kernels.__all__
+}
+CALLABLES = {name: x for name, x in NAMES.items() if callable(x)}
+ARRAYS = {
+    name: x
+    for name, x in CALLABLES.items()
+    if isinstance(x, type) and issubclass(x, eqq.ImplicitArray)
+}
+METHODS = {  # an override means what the method it overrides means
+    f"{owner}.{name}": getattr(x, "__func__", x)
+    for owner, cls in ARRAYS.items()
+    for name, x in public(cls).items()
+    if isinstance(x, (property, classmethod, types.FunctionType))
+    and not any(name in vars(base) for base in cls.__mro__[1:])
+}
+DOCUMENTED = CALLABLES | METHODS
+
+
+def examples(text: str) -> list[tuple[int, str]]:
+    """The Python blocks of a page or docstring, with the line that each begins on."""
+    return [
+        (text[: m.start()].count("\n") + 1, textwrap.dedent(m.group(2)))
+        for m in BLOCK.finditer(text)
+    ]
+
+
+def run(text: str, name: str) -> None:
+    """Runs the blocks of a page in order, in one namespace."""
+    namespace: dict[str, Any] = {"__name__": name}
+    for line, code in examples(text):
+        exec(compile("\n" * line + code, name, "exec"), namespace)
+
+
+@pytest.fixture
+def own_table() -> Iterator[None]:
+    """Rules that an example registers are forgotten after it."""
+    resolvers, before = _dispatch._resolvers, dict(_dispatch._resolvers)
+    for primitive, resolver in before.items():
+        resolvers[primitive] = _compat.Resolver(primitive.name)
+        for method in resolver.methods:
+            resolvers[primitive].register(method)
+    yield
+    resolvers.clear()
+    resolvers.update(before)
+    _dispatch._resolved.clear()
+
+
+@pytest.mark.usefixtures("own_table")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page(page: Path) -> None:
+    run(page.read_text(encoding="utf-8"), str(page))
+
+
+@pytest.mark.usefixtures("own_table")
+@pytest.mark.parametrize(
+    "name", [n for n, x in DOCUMENTED.items() if examples(inspect.getdoc(x) or "")]
+)
+def test_example_of(name: str) -> None:
+    run(inspect.getdoc(DOCUMENTED[name]) or "", name)
+
+
+def test_examples_leave_no_rule_behind() -> None:
+    def table() -> dict[str, int]:
+        return {name: len(rules) for name, rules in _dispatch.rules().items()}
+
+    before = table()
+    test_restores = inspect.unwrap(own_table)()
+    next(test_restores)
+    eqq.register(lax.neg_p, lax.sort_p)(_no_packed_form)
+    assert table() == before | {"neg": before["neg"] + 1, "sort": 1}
+    next(test_restores, None)
+    assert table() == before
+
+
+def _no_packed_form(primitive: Any, x: eqq.Array8B, **params: Any) -> Any:
+    return NotImplemented
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_has_a_docstring(name: str) -> None:
+    assert DOCUMENTED[name].__doc__, f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_functions_and_formats_have_an_example(name: str) -> None:
+    function = CALLABLES[name]
+    if isinstance(function, type) and not hasattr(function, "quantize"):
+        return  # a base class, a result, a warning: shown where it is used
+    assert examples(inspect.getdoc(function) or ""), f"the docstring of {name} has no example"
+
+
+def test_every_public_name_has_an_entry_in_the_api_pages() -> None:
+    pages = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/pages/api").glob("*.md"))
+    entries = {entry.split(".")[-1] for entry in re.findall(r"(?m)^::: (eqquant\S+)$", pages)}
+    missing = {name for name in NAMES if name.split(".")[-1] not in entries}
+    assert not missing, f"no entry in docs/pages/api for: {', '.join(sorted(missing))}"
+
+
+def test_the_table_of_covered_primitives_is_current() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/generate_coverage.py", "--check"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"(?m)^```bash\n(.*pytest.*)\n```$", readme)
+    assert len(commands) == 1, "README.md has one command, on one line, that runs the tests"
+    printed = subprocess.run(
+        [ROOT / ".ci/run", "--print-test-command"], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.splitlines() == commands
+
+
+def test_the_readme_and_the_example_page_show_the_same_run() -> None:
+    shown = []
+    for page in (ROOT / "README.md", ROOT / "docs/pages/examples.md"):
+        text = page.read_text(encoding="utf-8")
+        shown.append(
+            re.findall(
+                r"(?ms)^```(?:bash|text)\n(.*?sentence_embeddings.*?|weights:.*?)^```$", text
+            )[:2]
+        )
+    assert shown[0] == shown[1]

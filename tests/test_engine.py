@@ -1,0 +1,242 @@
+"""`register`, `implicit`, strict mode, warnings, `audit`, `ste`: the engine seen from outside."""
+
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array, lax
+
+import eqquant as eqq
+from eqquant import _compat, _dispatch
+
+
+@pytest.fixture
+def q():
+    return eqq.Array8B.quantize(jax.random.normal(jax.random.key(0), (4, 6)))
+
+
+@pytest.fixture
+def table():
+    """Rules registered in a test are forgotten after it."""
+    before = {p: list(r.methods) for p, r in _dispatch._resolvers.items()}
+    yield
+    for primitive, resolver in list(_dispatch._resolvers.items()):
+        if primitive not in before:
+            del _dispatch._resolvers[primitive]
+        else:
+            resolver.methods[:] = before[primitive]
+    _dispatch._resolved.clear()
+
+
+# ------------------------------------------------------------------------------------- register
+
+
+def test_the_most_specific_rule_wins(q, table):
+    @eqq.register(lax.sin_p)
+    def sin_of_the_family(primitive, x: eqq.AbstractScaledArray, **params):
+        return jnp.zeros(x.shape)
+
+    @eqq.register("sin")
+    def sin_array8b(primitive, x: eqq.Array8B, **params):
+        assert primitive is lax.sin_p
+        return jnp.ones(x.shape)
+
+    with eqq.strict():
+        np.testing.assert_array_equal(eqq.implicit(jnp.sin)(q), np.ones((4, 6)))
+
+
+def test_a_rule_may_decline(q, table):
+    @eqq.register(lax.sort_p)
+    def sort_nothing(primitive, x: eqq.Array8B, **params):
+        return NotImplemented
+
+    with pytest.warns(eqq.MaterializeWarning, match="sort"):
+        np.testing.assert_array_equal(eqq.implicit(jnp.sort)(q), jnp.sort(q.materialize()))
+
+
+def test_a_format_of_the_users_is_not_hijacked(q, table):
+    class Constant(eqq.QuantizedArray):
+        value: Array
+        like: tuple[int, ...] = eqx.field(static=True)
+
+        @property
+        def shape(self):
+            return self.like
+
+        @property
+        def dtype(self):
+            return self.value.dtype
+
+        def materialize(self):
+            return jnp.full(self.like, self.value)
+
+    c = Constant(jnp.asarray(2.0), (4, 6))
+    for f in (jnp.add, jnp.multiply, lambda a, b: a @ b.T, lambda a, b: jnp.concatenate([a, b])):
+        with eqq.on_materialize("ignore"):
+            got = eqq.implicit(f)(q, c), eqq.implicit(f)(c, q), eqq.implicit(f)(c, c)
+        want = [f(q.materialize(), c.materialize()), f(c.materialize(), q.materialize()),
+                f(c.materialize(), c.materialize())]  # fmt: skip
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(eqq.materialize(g), w, rtol=1e-5)
+
+
+def test_rules_must_be_annotated():
+    with pytest.raises(TypeError, match="unannotated must annotate its operand 'x'"):
+
+        @eqq.register(lax.sin_p)
+        def unannotated(primitive, x):
+            return x
+
+    with pytest.raises(TypeError, match="at least one"):
+        eqq.register()
+
+
+# -------------------------------------------------------------------- daylight: warn, error, audit
+
+
+def test_a_warning_names_primitive_format_bytes_and_line(q):
+    with pytest.warns(eqq.MaterializeWarning) as caught:
+        eqq.implicit(jnp.sort)(q)  # this line
+    message = str(caught[0].message)
+    for word in ("`sort`", "Array8B float32[4,6]", "MiB", "test_engine.py"):
+        assert word in message
+    assert caught[0].filename == __file__
+
+
+def test_elementwise_arithmetic_on_one_line_warns_once(q):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        eqq.implicit(lambda w: jnp.exp(w) + jnp.sin(w))(q)
+    assert len(caught) == 1 and "elementwise arithmetic" in str(caught[0].message)
+
+
+def test_warnings_can_be_switched_off(q, monkeypatch):
+    with eqq.on_materialize("ignore"):
+        eqq.implicit(jnp.sort)(q)
+    monkeypatch.setenv("EQQUANT_ON_MATERIALIZE", "ignore")
+    eqq.implicit(jnp.sort)(q)
+    monkeypatch.setenv("EQQUANT_ON_MATERIALIZE", "error")
+    with pytest.raises(eqq.MaterializeError):
+        eqq.implicit(jnp.sort)(q)
+    monkeypatch.setenv("EQQUANT_ON_MATERIALIZE", "loudly")
+    with pytest.raises(ValueError, match="EQQUANT_ON_MATERIALIZE must be one of .* it is 'loudly'"):
+        eqq.implicit(jnp.sort)(q)
+    monkeypatch.delenv("EQQUANT_ON_MATERIALIZE")
+    monkeypatch.setattr(eqq.Array8B, "warn_on_materialize", False)
+    eqq.implicit(jnp.sort)(q)
+    with pytest.raises(Exception, match="mode"), eqq.on_materialize("never"):
+        pass
+
+
+def test_strict_mode_raises_and_offers_ways_out(q):
+    with pytest.raises(eqq.MaterializeError) as caught, eqq.strict():
+        jax.jit(eqq.implicit(lambda w: jnp.sort(w)))(q)
+    for word in ("`sort`", "Array8B float32[4,6]", "on_materialize", "eqquant.register"):
+        assert word in str(caught.value)
+    with pytest.raises(eqq.MaterializeError, match="outside eqquant.implicit"), eqq.strict():
+        jnp.sin(q)
+
+
+def test_audit_lists_every_equation_with_a_quantized_operand(q):
+    def program(w, x):
+        y = jnp.tanh(w @ x)
+        return y + jnp.sort(w, axis=None)[0] + jnp.exp(w).sum() + lax.fori_loop(0, 3, lambda i, y: w @ x, y)
+
+    found = eqq.audit(program, q, jnp.ones(6))
+    kinds = [row.primitive for row in found.rows]
+    assert kinds.count("dot_general") == 2 and "exp" in kinds and "sort" in kinds
+    dots = [row for row in found.rows if row.primitive == "dot_general"]
+    for row in dots:
+        assert "dot_general_scaled_array (contraction.py:" in row.rule and not row.densified
+        assert "test_engine.py" in row.source and row.operands[0] == "Array8B float32[4,6]"
+    dense = {row.primitive: row for row in found.densified}
+    assert set(dense) == {"exp", "sort"} or set(dense) == {"exp"}
+    assert dense["exp"].dense_bytes == 4 * 24 and found.dense_bytes >= 4 * 24
+    assert "exp" in str(found) and "made" in str(found)
+    assert found.as_dicts()[0]["primitive"] == kinds[0]
+
+
+def test_audit_sees_operators_outside_implicit(q):
+    linear = eqx.tree_at(lambda m: m.weight, eqx.nn.Linear(6, 4, key=jax.random.key(0)), q)
+    found = eqq.audit(lambda x: linear(x), jnp.ones(6))
+    assert [row.primitive for row in found.rows] == ["dot_general"]
+
+
+# ------------------------------------------------------------------------------------- implicit
+
+
+def test_implicit_is_a_module_that_holds_the_function(q):
+    f = eqq.implicit(lambda w, x: w @ x)
+    assert isinstance(f, eqx.Module) and callable(f.__wrapped__)
+    model = eqx.nn.Linear(6, 4, key=jax.random.key(0))
+    held = eqq.implicit(eqq.quantize(model, eqq.Array8B.quantize))
+    assert any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(eqx.filter(held, eqx.is_array)))
+    with pytest.raises(Exception, match="implicit"):
+        eqq.implicit(3)
+
+
+def test_python_values_stay_static_and_results_keep_their_structure(q):
+    def program(w, n, flag, name=None):
+        assert isinstance(n, int) and flag is True and name == "x"
+        return {"n": n + 1, "w": w[:n], "f": len, "none": None}
+
+    out = eqq.implicit(program)(q, 2, True, name="x")
+    assert out["n"] == 3 and out["f"] is len and out["none"] is None
+    assert isinstance(out["w"], eqq.Array8B) and out["w"].shape == (2, 6)
+
+
+def test_a_function_may_make_quantized_arrays(q):
+    out = eqq.implicit(lambda w: eqq.Array8B.quantize(w @ jnp.ones((6, 3))))(q)
+    assert isinstance(out, eqq.Array8B) and out.shape == (4, 3)
+
+
+def test_dead_code_is_not_evaluated(q):
+    def program(w, x):
+        jnp.sort(w)
+        return w @ x
+
+    with eqq.strict():
+        eqq.implicit(program)(q, jnp.ones(6))
+
+
+def test_errors_of_user_code_pass_through(q):
+    with pytest.raises(ZeroDivisionError):
+        eqq.implicit(lambda w: 1 // 0)(q)
+
+
+def test_new_parameters_of_primitives_do_not_break_rules():
+    """Every rule takes whatever parameters a later JAX adds."""
+    import inspect
+
+    for rules in _dispatch.rules().values():
+        for _, rule in rules:
+            kinds = [p.kind for p in inspect.signature(rule).parameters.values()]
+            if not rule.__module__.startswith("eqquant"):
+                continue
+            assert inspect.Parameter.VAR_KEYWORD in kinds, rule.__name__
+
+
+# ------------------------------------------------------------------------------------------ ste
+
+
+def test_ste_has_the_value_of_the_quantizer_and_the_derivative_of_the_identity():
+    x = jax.random.normal(jax.random.key(0), (3, 4, 6))
+    fake = eqq.ste(eqq.Array8B.quantize)
+    want = jnp.stack([eqq.Array8B.quantize(each).materialize() for each in x])
+    for f in (jax.vmap(fake), jax.jit(jax.vmap(fake)), lambda x: lax.map(fake, x),
+              jax.checkpoint(jax.vmap(fake))):  # fmt: skip
+        np.testing.assert_array_equal(f(x), want)
+        np.testing.assert_array_equal(jax.grad(lambda x, f=f: f(x).sum())(x), np.ones_like(x))
+    y, dy = jax.jvp(fake, (x[0],), (2 * x[0],))
+    np.testing.assert_array_equal(dy, 2 * x[0])
+    assert fake(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="must keep the shape"):
+        eqq.ste(lambda x: x.T)(x)
+
+
+def test_names_of_primitives_resolve():
+    assert _compat.find_primitive("dot_general") is lax.dot_general_p
+    assert _compat.find_primitive("no_such_primitive") is None

@@ -1,0 +1,145 @@
+"""`quantize`, `materialize`, `plan` and `report` on trees."""
+
+import json
+import math
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import eqquant as eqq
+
+
+INT8 = eqq.Array8B.quantize
+
+
+class Tied(eqx.Module):
+    embedding: eqx.nn.Embedding
+    layers: list[eqx.nn.Linear]
+    unembed: jax.Array
+    ids: jax.Array
+
+    def __init__(self, key):
+        keys = jax.random.split(key, 3)
+        self.embedding = eqx.nn.Embedding(10, 8, key=keys[0])
+        self.layers = [eqx.nn.Linear(8, 8, key=k) for k in keys[1:]]
+        self.unembed = self.embedding.weight
+        self.ids = jnp.arange(12).reshape(3, 4)
+
+
+@pytest.fixture
+def model():
+    return Tied(jax.random.key(0))
+
+
+def formats(tree):
+    leaves = jtu.tree_leaves_with_path(tree, is_leaf=eqq.is_implicit)
+    return {
+        jtu.keystr(path, simple=True, separator="."): type(leaf).__name__ for path, leaf in leaves
+    }
+
+
+def test_one_format_for_every_float_matrix(model):
+    q = eqq.quantize(model, INT8)
+    kinds = formats(q)
+    assert {name for name, kind in kinds.items() if kind == "Array8B"} == {
+        "embedding.weight", "layers.0.weight", "layers.1.weight", "unembed",
+    }  # fmt: skip
+    assert eqx.tree_equal(q.ids, model.ids) and q.layers[0].bias is model.layers[0].bias
+    assert isinstance(model.layers[0].weight, jax.Array)  # the original is untouched
+
+
+def test_first_pattern_wins_and_none_stays_dense(model):
+    column = partial(INT8, axis=0)
+    q = eqq.quantize(model, {"layers.0.*": None, "*.layers.*": column, "*": INT8})
+    assert isinstance(q.layers[0].weight, jax.Array)
+    assert q.layers[1].weight.axis == (-2,)
+    assert q.embedding.weight.axis == (-1,)
+
+
+def test_patterns_leave_the_rest_dense(model):
+    kinds = formats(eqq.quantize(model, {"*.layers.*": INT8}))
+    assert kinds["layers.1.weight"] == "Array8B" and kinds["embedding.weight"] == "ArrayImpl"
+
+
+def test_tied_weights_are_quantized_once(model):
+    q = eqq.quantize(model, INT8)
+    assert q.embedding.weight is q.unembed
+    assert [row.path for row in eqq.report(model, q).rows].count("unembed") == 0
+
+
+def test_quantizing_twice_and_materializing_give_the_model_back(model):
+    q = eqq.quantize(model, INT8)
+    assert eqx.tree_equal(eqq.quantize(q, INT8), q)
+    dense = eqq.materialize(q)
+    assert jtu.tree_structure(dense) == jtu.tree_structure(model)
+    np.testing.assert_array_equal(dense.unembed, q.unembed.materialize())
+
+
+def test_a_single_array_is_quantized_whatever_its_rank():
+    assert isinstance(eqq.quantize(jnp.ones(3), INT8), eqq.Array8B)
+    assert isinstance(eqq.quantize({"w": np.ones((2, 3), np.float32)}, INT8)["w"], eqq.Array8B)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "words"),
+    [
+        ({"*.layer.*": INT8}, ValueError, ["'*.layer.*' matches no", "'layers.0.weight'"]),
+        ({"*": INT8, "*.attn.*": INT8}, ValueError, ["'*.attn.*'", "nearest of 4 paths"]),
+        ({"*.bias": INT8}, ValueError, ["'layers.0.bias'", "not one"]),
+    ],
+)
+def test_mistakes_in_patterns_are_reported(model, how, error, words):
+    for call in (eqq.quantize, eqq.plan):
+        with pytest.raises(error) as caught:
+            call(model, how)
+        for word in words:
+            assert word in str(caught.value)
+
+
+def test_errors_say_which_weight(model):
+    bad = eqx.tree_at(lambda m: m.layers[1].weight, model, jnp.full((8, 8), jnp.nan))
+    with pytest.raises(ValueError, match=r"array\[0, 0\] is nan") as caught:
+        eqq.quantize(bad, INT8)
+    assert "while quantizing 'layers.1.weight'" in caught.value.__notes__
+
+
+def test_report_measures_what_quantization_did(model):
+    q = eqq.quantize(model, {"*.layers.*": INT8})
+    report = eqq.report(model, q)
+    rows = {row.path: row for row in report.rows}
+    row = rows["layers.0.weight"]
+    error = np.asarray(model.layers[0].weight) - np.asarray(q.layers[0].weight)
+    signal = (np.asarray(model.layers[0].weight) ** 2).sum()
+    assert row.sqnr_db == pytest.approx(10 * math.log10(signal / (error**2).sum()), abs=1e-2)
+    assert (row.format, row.shape, row.nbytes) == ("Array8B", (8, 8), 64 + 32)
+    assert row.bits_per_weight == report.bits_per_weight == 12.0
+    assert rows["embedding.weight"].sqnr_db is None
+    assert report.nbytes == sum(r.nbytes for r in report.rows)
+    assert report.dense_nbytes - report.nbytes == 2 * (256 - 96)
+    json.dumps(report.as_dicts())
+    table = str(report)
+    assert "layers.0.weight" in table and "SQNR dB" in table and "12.00 bits/weight" in table
+
+
+def test_report_of_exact_and_of_mismatched_models(model):
+    exact = {"w": jnp.asarray([[127.0, 1.0], [-127.0, 0.0]])}
+    assert eqq.report(exact, eqq.quantize(exact, INT8)).rows[0].sqnr_db == math.inf
+    with pytest.raises(ValueError, match="same arrays"):
+        eqq.report(model, {"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="shape"):
+        eqq.report({"w": jnp.ones((2, 3))}, eqq.quantize({"w": jnp.ones((3, 2))}, INT8))
+
+
+def test_plan_says_the_same_and_allocates_nothing(model):
+    how = {"*.layers.*": partial(INT8, block_size=4), "*": INT8}
+    planned, done = eqq.plan(model, how), eqq.report(model, eqq.quantize(model, how))
+    for a, b in zip(planned.rows, done.rows, strict=True):
+        assert (a.path, a.format, a.nbytes, a.dense_nbytes) == (b.path, b.format, b.nbytes, b.dense_nbytes)
+        assert a.sqnr_db is None
+    huge = eqx.filter_eval_shape(eqx.nn.Linear, 10**6, 10**6, key=jax.random.key(0))
+    assert eqq.plan(huge, INT8).rows[0].nbytes == 10**12 + 4 * 10**6
