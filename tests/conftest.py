@@ -20,7 +20,7 @@ _COMMON = dict(
     print_blob=True,
 )
 hypothesis.settings.register_profile("dev", max_examples=10, **_COMMON)
-hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **_COMMON)
+hypothesis.settings.register_profile("ci", max_examples=12, derandomize=True, database=None, **_COMMON)
 hypothesis.settings.register_profile("nightly", max_examples=500, **_COMMON)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev")

@@ -137,7 +137,7 @@ def test_strict_mode_raises_and_offers_ways_out(q):
     for word in ("`sort`", "Array8B float32[4,6]", "on_materialize", "eqquant.register"):
         assert word in str(caught.value)
     with pytest.raises(eqq.MaterializeError, match="outside eqquant.implicit"), eqq.strict():
-        jnp.sin(q)
+        jnp.sin(q[:3])  # a shape of its own: JAX may have traced sin on another one before
 
 
 def test_audit_lists_every_equation_with_a_quantized_operand(q):

@@ -1,76 +1,243 @@
-"""Convolution with a quantized kernel."""
+"""The primitive `quantized_convolution`: linear in `x`, so its residuals are the packed leaves.
 
-import math
+Its transpose is the convolution with the reversed kernel, which is packed too.
+"""
+
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
 from jax import Array, lax
 
+from .. import _compat, _tiles
 from .._array import AbstractScaledArray
-from .._tiles import spread
+from .._compat import ad, batching, mlir
 from .pieces import by_pieces, rows_per_piece
 
 
 SMALL_BYTES = 128 << 10
-PIECES = 16
+PIECES = 12
+
+quantized_convolution_p = _compat.Primitive("quantized_convolution")
+"""Operands: `x`, then the leaves of `w`. Parameters: the treedef of `w`, whether its spatial axes
+are reversed, the dtype of the result, and those of `lax.conv_general_dilated`."""
 
 
 def convolve(
     x: Array,
     w: AbstractScaledArray,
     *,
-    dimension_numbers: Any,
-    feature_group_count: int,
-    batch_group_count: int,
-    preferred_element_type: Any,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
     **params: Any,
 ) -> Array:
     """`lax.conv_general_dilated(x, w.materialize(), ...)`, without the dense kernel if it is large.
 
-    Output channels are computed piece by piece, unless they are grouped.
+    A kernel that is small, or whose channels are grouped, is decoded as a whole, but never saved
+    for the backward pass.
+
+    **Arguments:**
+
+    - `x`: a floating-point array.
+    - `w`: the quantized kernel. All others are the parameters of the JAX primitive.
+
+    **Returns:** an array of the shape and dtype that `lax.conv_general_dilated` gives. Sums are
+    accumulated in float32 (float64 if an operand is).
     """
-    out_dtype = preferred_element_type or jnp.promote_types(x.dtype, w.dtype)
-    compute = jnp.promote_types(out_dtype, jnp.float32)
-    params |= dict(
-        dimension_numbers=dimension_numbers,
-        feature_group_count=feature_group_count,
-        batch_group_count=batch_group_count,
-        preferred_element_type=compute,
-    )
-
-    def product(x: Array, w: AbstractScaledArray) -> Array:
-        return _convolve(x, w, **params)
-
-    axis = dimension_numbers.rhs_spec[0]
-    grouped = feature_group_count != 1 or batch_group_count != 1
-    if grouped or w.size * compute.itemsize <= SMALL_BYTES:
-        return product(x, w).astype(out_dtype)
-    y = by_pieces(
-        product,
-        x,
-        w,
-        axis=axis,
-        rows=rows_per_piece(w, axis, max(w.size // PIECES, 1)),
-        x_axis=None,
-        y_axis=dimension_numbers.out_spec[1],
-        shape=jax.eval_shape(product, x, w).shape,
-        dtype=compute,
-    )
-    return y.astype(out_dtype)
+    leaves, treedef = jtu.tree_flatten(w)
+    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, w.dtype))
+    params |= dict(reverse=False, out_dtype=out_dtype)
+    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+    small = w.size * out_dtype.itemsize <= SMALL_BYTES
+    if grouped or small or _compat.has_explicit_axes(x, *leaves):
+        return jax.checkpoint(partial(_whole, out_sharding=out_sharding, **params))(x, w)
+    return quantized_convolution_p.bind(x, *leaves, treedef=treedef, **params)
 
 
-def _convolve(x: Array, w: AbstractScaledArray, **params: Any) -> Array:
-    numbers, compute = params["dimension_numbers"], params["preferred_element_type"]
-    out_axis, *others = numbers.rhs_spec
+def _whole(
+    x: Array,
+    w: AbstractScaledArray,
+    *,
+    dimension_numbers: Any,
+    reverse: bool,
+    out_dtype: Any,
+    out_sharding: Any = None,
+    **params: Any,
+) -> Array:
+    compute = jnp.promote_types(jnp.promote_types(x.dtype, out_dtype), jnp.float32)
+    out_axis, *others = dimension_numbers.rhs_spec
     scale = None if w.scale is None else w.leaves()["scale"]
     values, factors = w.values(compute), None
     if scale is not None and all(map(scale.is_constant_along, others)):
         # Each output channel o sums over q[o, ...] alone: its scale leaves the sum.
-        factors = spread(scale, w.shape, [out_axis]).reshape(-1).astype(compute)
+        factors = _tiles.spread(scale, w.shape, [out_axis]).reshape(-1).astype(compute)
     elif scale is not None:
-        values = values * spread(scale, w.shape).astype(compute)
-    y = lax.conv_general_dilated_p.bind(x.astype(compute), values, **params)
-    if factors is None:
-        return y
-    return y * lax.broadcast_in_dim(factors, y.shape, (numbers.out_spec[1],))
+        values = values * _tiles.spread(scale, w.shape).astype(compute)
+    y = lax.conv_general_dilated_p.bind(
+        x.astype(compute),
+        lax.rev(values, dimension_numbers.rhs_spec[2:]) if reverse else values,
+        dimension_numbers=dimension_numbers,
+        preferred_element_type=compute,
+        out_sharding=out_sharding,
+        **params,
+    )
+    if factors is not None:
+        y = y * lax.broadcast_in_dim(factors, y.shape, (dimension_numbers.out_spec[1],))
+    return y.astype(out_dtype)
+
+
+def _in_pieces(x: Array, w: AbstractScaledArray, *, dimension_numbers: Any, **params: Any) -> Array:
+    """As `_whole`, some output channels at a time.
+
+    Channels go last: XLA for CPU rearranges the axes of a convolution only outside of loops, and
+    inside one any other order runs 40 times slower.
+    """
+    x_spec, w_spec, y_spec = dimension_numbers
+    last = x.ndim - 1
+    nhwc, hwio = (0, last, *range(1, last)), (last, last - 1, *range(last - 1))
+    numbers = lax.ConvDimensionNumbers(nhwc, hwio, nhwc)
+
+    def product(x: Array, w: AbstractScaledArray) -> Array:
+        order = (*w_spec[2:], w_spec[1], w_spec[0])
+        leaves = {name: _tiles.transpose(leaf, order) for name, leaf in w.leaves().items()}
+        return _whole(x, w.with_leaves(leaves), dimension_numbers=numbers, **params)
+
+    x = lax.transpose(x, (x_spec[0], *x_spec[2:], x_spec[1]))
+    y = by_pieces(
+        product,
+        x,
+        w,
+        axis=w_spec[0],
+        rows=rows_per_piece(w, w_spec[0], max(w.size // PIECES, 1)),
+        x_axis=None,
+        y_axis=last,
+        shape=jax.eval_shape(product, x, w).shape,
+        dtype=params["out_dtype"],
+    )
+    return lax.transpose(y, np.argsort((y_spec[0], *y_spec[2:], y_spec[1])))
+
+
+# ------------------------------------------------------------------------ types and lowering
+
+
+@quantized_convolution_p.def_abstract_eval
+def _abstract(
+    x: Any, *leaves: Any, treedef: Any, reverse: bool, out_dtype: Any, **params: Any
+) -> Any:
+    w = jtu.tree_unflatten(treedef, leaves)
+    payload = next(leaf.array for leaf in w.leaves().values() if leaf.ordered)
+    y = _compat.output_aval(
+        lax.conv_general_dilated_p,
+        x,
+        payload.update(shape=w.shape, dtype=x.dtype, weak_type=False),
+        preferred_element_type=None,
+        out_sharding=None,
+        **params,
+    )
+    return y.update(dtype=out_dtype)
+
+
+def _lowering(implementation: Any) -> Any:
+    def quantized_convolution(x: Array, *leaves: Array, treedef: Any, **params: Any) -> Array:
+        return implementation(x, jtu.tree_unflatten(treedef, leaves), **params)
+
+    return mlir.lower_fun(quantized_convolution, multiple_results=False)
+
+
+def _lower_cpu(ctx: Any, *operands: Any, **params: Any) -> Any:
+    implementation = _whole if _compat.is_partitioned(ctx) else _in_pieces
+    return _lowering(implementation)(ctx, *operands, **params)
+
+
+quantized_convolution_p.def_impl(partial(_compat.apply_primitive, quantized_convolution_p))
+mlir.register_lowering(quantized_convolution_p, _lowering(_whole))
+mlir.register_lowering(quantized_convolution_p, _lower_cpu, platform="cpu")
+
+
+# --------------------------------------------------------------------------- transformations
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    x, *leaves = primals
+    x_dot, *leaves_dot = tangents
+    y = quantized_convolution_p.bind(x, *leaves, **params)
+    terms = []
+    if type(x_dot) is not ad.Zero:
+        terms.append(quantized_convolution_p.bind(x_dot, *leaves, **params))
+    moving = [i for i, t in enumerate(leaves_dot) if type(t) is not ad.Zero]
+    if moving:  # scales are being differentiated
+        rest = {name: value for name, value in params.items() if name != "treedef"}
+
+        @jax.checkpoint
+        def of_moving(*values: Array) -> Array:
+            filled = dict(enumerate(leaves)) | dict(zip(moving, values, strict=True))
+            return _whole(x, jtu.tree_unflatten(params["treedef"], filled.values()), **rest)
+
+        at, towards = [leaves[i] for i in moving], [leaves_dot[i] for i in moving]
+        terms.append(jax.jvp(of_moving, at, towards)[1])
+    if not terms:
+        return y, ad.Zero.from_primal_value(y)
+    return y, terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def _transpose(
+    ct: Any, x: Any, *leaves: Any, treedef: Any, dimension_numbers: Any, **params: Any
+) -> list[Any]:
+    nothing = [None] * len(leaves)
+    if type(ct) is ad.Zero:
+        return [None, *nothing]
+    x_spec, w_spec, y_spec = dimension_numbers
+    shape = jtu.tree_unflatten(treedef, leaves).shape
+    stride, dilation = params["window_strides"], params["lhs_dilation"]
+    padding = []
+    for i, (low, _) in enumerate(params["padding"]):
+        window = _dilated(shape[w_spec[2 + i]], params["rhs_dilation"][i])
+        before = window - low - 1
+        inside = _dilated(x.aval.shape[x_spec[2 + i]], dilation[i])
+        after = inside + window - 1 - _dilated(ct.shape[y_spec[2 + i]], stride[i]) - before
+        padding.append((before, after))
+    params |= dict(
+        window_strides=dilation,
+        lhs_dilation=stride,
+        padding=tuple(padding),
+        reverse=not params["reverse"],
+        out_dtype=x.aval.dtype,
+    )
+    swapped = (w_spec[1], w_spec[0], *w_spec[2:])
+    back = lax.ConvDimensionNumbers(y_spec, swapped, x_spec)
+    ct_x = quantized_convolution_p.bind(
+        ct, *leaves, treedef=treedef, dimension_numbers=back, **params
+    )
+    return [ct_x, *nothing]
+
+
+def _dilated(length: int, by: int) -> int:
+    return 1 + by * (length - 1) if length else 0
+
+
+def _batch(
+    operands: Sequence[Any], dims: Sequence[Any], *, treedef: Any, **params: Any
+) -> tuple[Any, int]:
+    (x, *leaves), (dim, *leaf_dims) = operands, dims
+    if any(d is not None for d in leaf_dims):
+
+        def one(x: Array, *leaves: Array) -> Array:
+            return _whole(x, jtu.tree_unflatten(treedef, leaves), **params)
+
+        return jax.vmap(jax.checkpoint(one), in_axes=tuple(dims))(*operands), 0
+    # Examples are independent: the new axis is a part of the batch.
+    axis, out_axis = params["dimension_numbers"].lhs_spec[0], params["dimension_numbers"].out_spec[0]
+    size = x.shape[dim]
+    x = jnp.moveaxis(x, dim, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    y = quantized_convolution_p.bind(x, *leaves, treedef=treedef, **params)
+    return y.reshape(*y.shape[:out_axis], size, -1, *y.shape[out_axis + 1 :]), out_axis
+
+
+ad.primitive_jvps[quantized_convolution_p] = _jvp
+ad.primitive_transposes[quantized_convolution_p] = _transpose
+batching.primitive_batchers[quantized_convolution_p] = _batch

@@ -52,7 +52,7 @@ def by_pieces(
         return y
     if x_axis is not None:
         x = lax.slice_in_dim(x, done, length, axis=x_axis)
-    return put(y, product(x, _rest(w, axis, done)), done)
+    return put(y, product(x, slice_rows(w, axis, done, length)), done)
 
 
 def rows_per_piece(w: AbstractScaledArray, axis: int, limit: int) -> int:
@@ -91,10 +91,9 @@ def _piece(w: AbstractScaledArray, axis: int, i: Array, rows: int) -> AbstractSc
     return w.with_leaves({name: cut(leaf) for name, leaf in w.leaves().items()})
 
 
-def _rest(w: AbstractScaledArray, axis: int, start: int) -> AbstractScaledArray:
-    """The entries of `axis` from `start` on."""
-    length = w.shape[axis]
+def slice_rows(w: AbstractScaledArray, axis: int, start: int, stop: int) -> AbstractScaledArray:
+    """The entries of `axis` from `start` to `stop`."""
     leaves = w.leaves()
     return w.with_leaves(
-        {name: reslice(leaf, axis, length, start, length) for name, leaf in leaves.items()}
+        {name: reslice(leaf, axis, w.shape[axis], start, stop) for name, leaf in leaves.items()}
     )

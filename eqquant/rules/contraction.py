@@ -5,12 +5,11 @@
 | `dot_general`          | one quantized, either side   | `kernels.quantized_dot_general`                |
 | `dot_general`          | both quantized               | the smaller one is made dense                  |
 | `ragged_dot_general`   | groups of quantized matrices | group by group                                 |
-| `conv_general_dilated` | quantized kernel             | scale on the output channels where it can be   |
+| `conv_general_dilated` | quantized kernel             | `kernels.convolve`                             |
 | `reduce_sum`, `max`, … | quantized                    | decoded inside the reduction, in one pass      |
 | `reduce` by a function | quantized                    | dense                                          |
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,8 +18,8 @@ from jax import Array, lax
 
 from .._array import AbstractScaledArray, QuantizedArray
 from .._dispatch import apply, dense_nbytes, densify, register, report_materialized, transparent
-from .._tiles import dynamic_slice, remove_axis, spread
-from ..kernels import quantized_dot_general
+from .._tiles import dynamic_slice, remove_axis
+from ..kernels import convolve, quantized_dot_general
 from .structural import TransposedView
 
 
@@ -157,36 +156,7 @@ def conv_general_dilated_array_scaled(
 ) -> Any:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return NotImplemented
-    run = partial(_convolve, dimension_numbers=dimension_numbers, **params)
-    return jax.checkpoint(run)(x, w)
-
-
-def _convolve(x: Array, w: AbstractScaledArray, *, dimension_numbers: Any, **params: Any) -> Array:
-    out_dtype = params.pop("preferred_element_type") or jnp.promote_types(x.dtype, w.dtype)
-    compute = jnp.promote_types(out_dtype, jnp.float32)
-    out_axis = dimension_numbers.rhs_spec[0]
-    scale = None if w.scale is None else w.leaves()["scale"]
-
-    def convolve(values: Array) -> Array:
-        y = lax.conv_general_dilated_p.bind(
-            x.astype(compute),
-            values,
-            dimension_numbers=dimension_numbers,
-            preferred_element_type=compute,
-            **params,
-        )
-        return y
-
-    others = [axis for axis in range(w.ndim) if axis != out_axis]
-    if scale is None:
-        return convolve(w.values(compute)).astype(out_dtype)
-    if all(scale.is_constant_along(axis) for axis in others):
-        # Each output channel o sums over q[o, ...] alone: its scale leaves the sum.
-        factors = spread(scale, w.shape, [out_axis]).reshape(-1).astype(compute)
-        channel = dimension_numbers.out_spec[1]
-        y = convolve(w.values(compute))
-        return (y * lax.broadcast_in_dim(factors, y.shape, (channel,))).astype(out_dtype)
-    return convolve(w.values(compute) * spread(scale, w.shape).astype(compute)).astype(out_dtype)
+    return convolve(x, w, dimension_numbers=dimension_numbers, **params)
 
 
 # ---------------------------------------------------------------------------------- reductions
