@@ -7,6 +7,7 @@ by materializing the operands in daylight (a warning, an error, or a line of the
 import contextlib
 import contextvars
 import inspect
+import itertools
 import os
 import types
 import typing
@@ -69,6 +70,7 @@ class _Dense:
 _Rule = Callable[..., Any]
 _resolvers: dict[Primitive, _compat.Resolver] = {}
 _resolved: dict[tuple[Any, ...], _Rule | None] = {}
+_table_version = 0
 
 
 def register(*primitives: Primitive | str) -> Callable[[_Rule], _Rule]:
@@ -110,6 +112,8 @@ def register(*primitives: Primitive | str) -> Callable[[_Rule], _Rule]:
             if found is not None:
                 resolver = _resolvers.setdefault(found, _compat.Resolver(found.name))
                 resolver.register(plum.Method(rule, signature, function_name=found.name))
+        global _table_version
+        _table_version += 1
         _resolved.clear()
         return rule
 
@@ -177,6 +181,8 @@ _mode: contextvars.ContextVar[Mode | None] = contextvars.ContextVar("mode", defa
 _records: contextvars.ContextVar[list["Record"] | None] = contextvars.ContextVar(
     "records", default=None
 )
+_recording_numbers = itertools.count(1)
+_recording_number: contextvars.ContextVar[int] = contextvars.ContextVar("number", default=0)
 _seen_lines: dict[Any, Any] = {}
 
 
@@ -267,11 +273,17 @@ def strict() -> contextlib.AbstractContextManager[None]:
 def recording() -> Iterator[list[Record]]:
     """Collects a `Record` of every equation that meets a quantized operand, and never warns."""
     records: list[Record] = []
-    token = _records.set(records)
+    token, number = _records.set(records), _recording_number.set(next(_recording_numbers))
     try:
         yield records
     finally:
         _records.reset(token)
+        _recording_number.reset(number)
+
+
+def tracing_state() -> tuple[Any, ...]:
+    """What tracing depends on besides its arguments: a key for caches of traced functions."""
+    return materialize_mode(), _recording_number.get(), _table_version
 
 
 def dense_nbytes(x: Any) -> int:

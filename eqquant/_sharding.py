@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from ._tiles import Leaf
 
@@ -31,8 +32,8 @@ def leaf_spec(
         raise ValueError(f"sharding {spec} has more axes than the array of shape {tuple(shape)}.")
     axes = []
     for axis, names in enumerate(spec):
-        if names is None or leaf.is_constant_along(axis):
-            axes.append(None)
+        if leaf.is_constant_along(axis) or names in (None, PartitionSpec.UNCONSTRAINED):
+            axes.append(None if leaf.is_constant_along(axis) else names)
             continue
         names_ = names if isinstance(names, tuple) else (names,)
         unknown = [n for n in names_ if n not in mesh.shape]
@@ -57,29 +58,30 @@ def place(
 ) -> Any:
     """The array of `leaf` laid out as `sharding` says for the logical array of `shape`."""
     if isinstance(sharding, PartitionSpec):
-        mesh = jax.sharding.get_abstract_mesh()
+        mesh, logical, memory_kind = jax.sharding.get_abstract_mesh(), sharding, None
         if mesh.empty:
             raise ValueError(
                 f"with_sharding({sharding}) needs a mesh: enter one with jax.set_mesh(mesh), or "
                 "pass a NamedSharding."
             )
-        place_as: Any = leaf_spec(leaf, name, shape, sharding, mesh)
-        return jax.sharding.reshard(leaf.array, place_as) if _is_explicit(mesh) else _constrain(
-            leaf.array, place_as
-        )
-    place_as = NamedSharding(
-        sharding.mesh,
-        leaf_spec(leaf, name, shape, sharding.spec, sharding.mesh),
-        memory_kind=sharding.memory_kind,
-    )
-    if isinstance(leaf.array, jax.core.Tracer):
-        return _constrain(leaf.array, place_as)
-    return jax.device_put(leaf.array, place_as)
+    else:
+        mesh, logical, memory_kind = sharding.mesh, sharding.spec, sharding.memory_kind
+    spec = leaf_spec(leaf, name, shape, logical, mesh)
+    to = NamedSharding(mesh, spec, memory_kind=memory_kind)
+    constrain = partial(lax.with_sharding_constraint, shardings=to)
+    traced = isinstance(leaf.array, jax.core.Tracer)
+    if isinstance(mesh, AbstractMesh):  # the current one
+        if _is_explicit(spec, mesh):
+            return jax.sharding.reshard(leaf.array, to)
+        return constrain(leaf.array) if traced else jax.jit(constrain)(leaf.array)
+    if traced and not _is_explicit(spec, mesh):
+        return constrain(leaf.array)
+    return jax.device_put(leaf.array, to)
 
 
-def _constrain(array: Any, sharding: Any) -> Any:
-    return lax.with_sharding_constraint(array, sharding)
-
-
-def _is_explicit(mesh: Any) -> bool:
-    return mesh.are_all_axes_explicit
+def _is_explicit(spec: PartitionSpec, mesh: Any) -> bool:
+    """Whether a spec is part of the type of an array, by the mesh axes it names."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+    named = [types[name] for entry in entries for name in entry if name in types]
+    return all(kind == AxisType.Explicit for kind in named or types.values())

@@ -12,6 +12,7 @@ emitted again through the public API of JAX, with quantized arrays as the pytree
 | `shard_map`                      | outputs                                                        |
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat, _sharding
 from .._array import AbstractScaledArray, QuantizedArray
-from .._dispatch import as_dense, register, report_materialized, transparent
+from .._dispatch import as_dense, register, report_materialized, tracing_state, transparent
 from .._implicit import evaluate, implicit, is_implicit
 from .._tiles import EACH, Leaf, spread
 
@@ -46,19 +47,32 @@ def _make_dense(primitive: Any, x: Any, where: str) -> Any:
 @register("jit", "pjit")
 @transparent
 def jit_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
-    jaxpr = params["jaxpr"]
+    kept = ("jaxpr", "name", "in_shardings", "out_shardings", "keep_unused", "inline")
+    options = params["compiler_options_kvs"]
+    # JAX gives the same jaxpr object for the same function and types: compile it once.
+    return _jitted(*(params[key] for key in kept), options, tracing_state())(*operands)
 
+
+@functools.lru_cache(maxsize=256)
+def _jitted(
+    jaxpr: Any,
+    name: str,
+    in_shardings: Sequence[Any],
+    out_shardings: Sequence[Any],
+    keep_unused: bool,
+    inline: Any,
+    options: Sequence[Any],
+    state: Any,  # tracing again in another state: to warn, to raise or to record
+) -> Callable[..., list[Any]]:
     def body(*args: Any) -> list[Any]:
-        args = [_constrain(x, s) for x, s in zip(args, params["in_shardings"], strict=True)]
+        args = [_constrain(x, s) for x, s in zip(args, in_shardings, strict=True)]
         out = evaluate(jaxpr, args)
-        return [_constrain(x, s) for x, s in zip(out, params["out_shardings"], strict=True)]
+        return [_constrain(x, s) for x, s in zip(out, out_shardings, strict=True)]
 
-    body.__name__ = params["name"]
-    options = dict(params["compiler_options_kvs"]) or None
-    jitted = jax.jit(
-        body, keep_unused=params["keep_unused"], inline=params["inline"], compiler_options=options
+    body.__name__ = name
+    return jax.jit(
+        body, keep_unused=keep_unused, inline=inline, compiler_options=dict(options) or None
     )
-    return jitted(*operands)
 
 
 def _constrain(x: Any, sharding: Any) -> Any:
@@ -282,7 +296,8 @@ def custom_vjp_call_any(primitive: Any, *operands: QuantizedArray | Array, **par
         out = evaluate(parts.forward, [*parts.forward_consts, *args])
         fresh, results = out[: parts.num_residuals], out[parts.num_residuals :]
         remaining = iter(fresh)
-        residuals = [next(remaining) if i is None else args[i] for i in parts.input_residuals]
+        operands = [*consts, *args]
+        residuals = [next(remaining) if i is None else operands[i] for i in parts.input_residuals]
         return [as_dense(x) for x in results], (residuals, args)
 
     def backward(saved: Any, cotangents: Any) -> Any:
