@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
@@ -117,7 +118,7 @@ class QuantizedArray(ImplicitArray):
     def delete(self) -> None:
         """Frees the buffers of the stored leaves now. Does nothing under tracing."""
         for leaf in jtu.tree_leaves(self):
-            if isinstance(leaf, Array) and not isinstance(leaf, jax.core.Tracer):
+            if isinstance(leaf, Array) and not isinstance(leaf, Tracer):
                 leaf.delete()
 
     # ---------------------------------------------------------------------------- operators
@@ -169,12 +170,12 @@ class QuantizedArray(ImplicitArray):
     @property
     def T(self) -> Any:
         """The logical array with its axes in reverse order."""
-        return implicit(jnp.transpose)(self)
+        return implicit(lambda x: x.T)(self)
 
     @property
     def mT(self) -> Any:
         """The logical array with its last two axes exchanged."""
-        return implicit(jnp.matrix_transpose)(self)
+        return implicit(lambda x: x.mT)(self)
 
     @property
     def at(self) -> Any:
@@ -280,7 +281,7 @@ class AbstractScaledArray(QuantizedArray):
     def sharding(self) -> jax.sharding.Sharding | None:
         """How the payload is laid out over devices; None under tracing."""
         payload = next(leaf for leaf in self.leaves().values() if leaf.ordered).array
-        return None if isinstance(payload, jax.core.Tracer) else payload.sharding
+        return None if isinstance(payload, Tracer) else payload.sharding
 
     @property
     def is_sharded(self) -> bool:
@@ -319,8 +320,7 @@ class AbstractScaledArray(QuantizedArray):
         return self.with_sharding(NamedSharding(mesh, _sharding.as_spec(axis)))
 
 
-@jax.jit
-def _materialize_jit(array: AbstractScaledArray) -> Array:
+def _decode(array: AbstractScaledArray) -> Array:
     x = array.values(array.compute_dtype)
     if array.scale is not None:
         x = x * spread(array.leaves()["scale"], array.shape).astype(x.dtype)
@@ -331,9 +331,12 @@ def _materialize_jit(array: AbstractScaledArray) -> Array:
 
 def _materialize(array: AbstractScaledArray) -> Array:
     # One fused pass when called by itself; part of the surrounding program under tracing.
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jtu.tree_leaves(array)):
-        return _materialize_jit.__wrapped__(array)
-    return _materialize_jit(array)
+    if any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(array)):
+        return _decode(array)
+    return _decode_in_one_pass(array)
+
+
+_decode_in_one_pass = jax.jit(_decode)
 
 
 def _float64_or_32(dtype: np.dtype) -> Any:

@@ -18,7 +18,7 @@ from jax._src import source_info_util as _source_info
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.sharding_impls import ShardingContext as _ShardingContext
 from jax._src.sharding_impls import SPMDAxisContext as _SPMDAxisContext
-from jax._src.sharding_impls import UnspecifiedValue as _UnspecifiedValue
+from jax._src.named_sharding import UnspecifiedValue as _UnspecifiedValue
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, primitives
 from jax.interpreters import ad, batching, mlir
 from plum._resolver import Resolver
@@ -165,7 +165,7 @@ def logical_aval(leaf: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     aval = jax.typeof(leaf)
     if aval.ndim == len(shape):
         return aval.update(shape=shape, dtype=jax.dtypes.canonicalize_dtype(dtype), weak_type=False)
-    return jax.core.ShapedArray(shape, jax.dtypes.canonicalize_dtype(dtype))
+    return _core.ShapedArray(shape, jax.dtypes.canonicalize_dtype(dtype))
 
 
 def as_struct(aval: Any) -> jax.ShapeDtypeStruct:
@@ -218,7 +218,12 @@ def custom_jvp_parts(
     """The derivative of a `custom_jvp_call`, with the tangents marked in `zeros` left out:
     its jaxpr over primals and the other tangents, its constants, and which results are zero."""
     jaxpr, consts, out_zeros = params["jvp_jaxpr_fun"].call_wrapped(*zeros)
-    return jaxpr, consts, out_zeros
+    return jaxpr, _not_its_own(jaxpr, consts), out_zeros
+
+
+def _not_its_own(jaxpr: Any, consts: Sequence[Any]) -> Sequence[Any]:
+    """`consts`, unless `jaxpr` holds them itself, as some do from JAX 0.12."""
+    return () if len(getattr(jaxpr, "consts", ())) else consts
 
 
 class CustomVJPParts(NamedTuple):
@@ -245,6 +250,6 @@ def custom_vjp_parts(params: dict[str, Any]) -> CustomVJPParts:
         return [ad.instantiate_zeros(ct) if isinstance(ct, ad.Zero) else ct for ct in out]
 
     return CustomVJPParts(
-        forward, consts, residual_tree.num_leaves - sum(f is not None for f in forwarded),
+        forward, _not_its_own(forward, consts), residual_tree.num_leaves - sum(f is not None for f in forwarded),
         forwarded, backward,
     )  # fmt: skip

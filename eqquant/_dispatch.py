@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import plum
 from jax import Array
+from jax.core import Tracer
 from jax.extend.core import Primitive
 
 from . import _compat
@@ -419,5 +420,5 @@ def safe_delete(arr: Any, materialized: bool) -> None:
         eqq.safe_delete(dense, materialized)
         ```
     """
-    if materialized and isinstance(arr, Array) and not isinstance(arr, jax.core.Tracer):
+    if materialized and isinstance(arr, Array) and not isinstance(arr, Tracer):
         arr.delete()

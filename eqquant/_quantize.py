@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from ._array import AbstractScaledArray, QuantizedArray
@@ -59,7 +60,7 @@ def check_finite(where: str, array: Array, scale: Array) -> None:
 
     Does nothing under tracing, where values are unknown.
     """
-    if isinstance(scale, jax.core.Tracer) or bool(jnp.all(jnp.isfinite(scale))):
+    if isinstance(scale, Tracer) or bool(jnp.all(jnp.isfinite(scale))):
         return
     bad = np.argwhere(~np.isfinite(np.asarray(array, np.float64)))
     if not len(bad):
@@ -73,7 +74,7 @@ def check_finite(where: str, array: Array, scale: Array) -> None:
 
 def inherit_sharding(quantized: _Scaled, array: Array) -> _Scaled:
     """`quantized`, split over devices as `array` is."""
-    if isinstance(array, jax.core.Tracer) or not isinstance(array.sharding, NamedSharding):
+    if isinstance(array, Tracer) or not isinstance(array.sharding, NamedSharding):
         return quantized
     if len(array.sharding.device_set) == 1:
         return quantized

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from ._tiles import Leaf
@@ -69,7 +70,7 @@ def place(
     spec = leaf_spec(leaf, name, shape, logical, mesh)
     to = NamedSharding(mesh, spec, memory_kind=memory_kind)
     constrain = partial(lax.with_sharding_constraint, shardings=to)
-    traced = isinstance(leaf.array, jax.core.Tracer)
+    traced = isinstance(leaf.array, Tracer)
     if isinstance(mesh, AbstractMesh):  # the current one
         if _is_explicit(spec, mesh):
             return jax.sharding.reshard(leaf.array, to)

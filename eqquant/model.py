@@ -128,7 +128,8 @@ def _formats_by_path(tree: Any, how: How) -> dict[str, Format]:
     ]
     matrices = [name for name, leaf in leaves if _is_matrix(leaf)]
     chosen: dict[str, Format | None] = {}
-    for pattern, format in how.items():
+    patterns: Mapping[str, Format | None] = how
+    for pattern, format in patterns.items():
         if format is not None and not callable(format):
             raise TypeError(
                 f"The format for {pattern!r} must be a function such as eqquant.Array8B.quantize, "

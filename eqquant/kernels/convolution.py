@@ -180,7 +180,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
         at, towards = [leaves[i] for i in moving], [leaves_dot[i] for i in moving]
         terms.append(jax.jvp(of_moving, at, towards)[1])
     if not terms:
-        return y, ad.Zero.from_primal_value(y)
+        return y, ad.Zero.from_primal_value(y)  # pyright: ignore[reportAttributeAccessIssue]
     return y, terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 

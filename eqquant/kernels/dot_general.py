@@ -172,7 +172,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
         )
         terms.append(y_dot)
     if not terms:
-        return y, ad.Zero.from_primal_value(y)
+        return y, ad.Zero.from_primal_value(y)  # pyright: ignore[reportAttributeAccessIssue]
     return y, terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 

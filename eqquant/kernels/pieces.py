@@ -1,6 +1,8 @@
 """Linear maps of a quantized array, piece by piece, so that it is never dense as a whole."""
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +48,8 @@ def by_pieces(
         return lax.dynamic_update_slice_in_dim(y, part, start, y_axis)
 
     # A zero of each operand, because inside `shard_map` it has to vary over the mesh as they do.
-    y = sum(lax.full_like(leaf, 0, dtype, shape) for leaf in jtu.tree_leaves((x, w)))
+    zeros = [lax.full_like(leaf, 0, dtype, shape) for leaf in jtu.tree_leaves((x, w))]
+    y = functools.reduce(operator.add, zeros)
     y, _ = lax.scan(lambda y, i: (put(y, piece(i, x, w), i * rows), None), y, jnp.arange(count))
     if done == length:
         return y

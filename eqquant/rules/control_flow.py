@@ -65,8 +65,8 @@ def _jitted(
     state: Any,  # tracing again in another state: to warn, to raise or to record
 ) -> Callable[..., list[Any]]:
     def body(*args: Any) -> list[Any]:
-        args = [_constrain(x, s) for x, s in zip(args, in_shardings, strict=True)]
-        out = evaluate(jaxpr, args)
+        placed = [_constrain(x, s) for x, s in zip(args, in_shardings, strict=True)]
+        out = evaluate(jaxpr, placed)
         return [_constrain(x, s) for x, s in zip(out, out_shardings, strict=True)]
 
     body.__name__ = name
@@ -330,7 +330,7 @@ def custom_vmap_call_any(primitive: Any, *operands: QuantizedArray | Array, **pa
     @function.def_vmap
     def batched(axis_size: int, in_batched: Any, *args: Any) -> Any:
         flags = [any(jtu.tree_leaves(flag)) for flag in in_batched]
-        args = [
+        stacked = [
             jtu.tree_map(
                 lambda leaf, each: leaf if each else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)),
                 x,
@@ -345,7 +345,7 @@ def custom_vmap_call_any(primitive: Any, *operands: QuantizedArray | Array, **pa
         def call(*args: Any) -> Any:
             return rule(axis_size, all_batched, *jtu.tree_unflatten(in_tree, args))
 
-        out, out_batched = implicit(call)(*args)
+        out, out_batched = implicit(call)(*stacked)
         flat = out_tree.flatten_up_to(out)
         return flat, out_tree.flatten_up_to(out_batched)
 

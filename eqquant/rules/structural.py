@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from .. import _tiles
 from .._array import AbstractScaledArray, QuantizedArray
@@ -63,12 +64,13 @@ def leafwise(x: AbstractScaledArray, move: Callable[[Leaf], Leaf]) -> Any:
 def transpose_scaled(
     primitive: Any, x: AbstractScaledArray, *, permutation: Any, **params: Any
 ) -> Any:
-    return TransposedView(x, tuple(permutation))
+    return TransposedView(array=x, permutation=tuple(permutation))  # pyright: ignore[reportCallIssue]
 
 
 @register(lax.transpose_p)
 def transpose_view(primitive: Any, x: TransposedView, *, permutation: Any, **params: Any) -> Any:
-    return TransposedView(x.array, tuple(x.permutation[axis] for axis in permutation))
+    permutation = tuple(x.permutation[axis] for axis in permutation)
+    return TransposedView(array=x.array, permutation=permutation)  # pyright: ignore[reportCallIssue]
 
 
 @register(lax.reshape_p)
@@ -233,7 +235,7 @@ def tile_scaled(primitive: Any, x: AbstractScaledArray, *, reps: Any, **params: 
 def pad_scaled(
     primitive: Any, x: AbstractScaledArray, value: Array, *, padding_config: Any, **params: Any
 ) -> Any:
-    if isinstance(value, jax.core.Tracer) or not x.has_zero_code or jnp.asarray(value) != 0:
+    if isinstance(value, Tracer) or not x.has_zero_code or jnp.asarray(value) != 0:
         return NotImplemented
 
     def move(leaf: Leaf) -> Leaf:
