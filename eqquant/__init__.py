@@ -4,6 +4,7 @@ from . import formats as formats
 from . import rules as rules
 from ._array import AbstractScaledArray as AbstractScaledArray
 from ._array import QuantizedArray as QuantizedArray
+from ._dispatch import AuditRow as AuditRow
 from ._dispatch import ImplicitArray as ImplicitArray
 from ._dispatch import MaterializeError as MaterializeError
 from ._dispatch import MaterializeWarning as MaterializeWarning

@@ -107,7 +107,7 @@ class QuantizedArray(ImplicitArray):
         return self.materialize()
 
     def __jax_array__(self) -> Array:
-        report_materialized("a jax.numpy function outside eqquant.implicit", [self])
+        report_materialized("__jax_array__", [self], "A jax.numpy function outside eqquant.implicit")
         return self.materialize()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

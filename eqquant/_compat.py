@@ -36,12 +36,15 @@ __all__ = [
     "batching",
     "bind",
     "custom_jvp_parts",
-    "custom_vjp_parts",
+    "custom_vjp_backward",
+    "custom_vjp_forward",
     "equation_context",
     "find_primitive",
     "has_explicit_axes",
+    "instantiate_zero",
     "is_partitioned",
     "is_specified_sharding",
+    "is_unset",
     "logical_aval",
     "mlir",
     "open_jaxpr",
@@ -226,30 +229,52 @@ def _not_its_own(jaxpr: Any, consts: Sequence[Any]) -> Sequence[Any]:
     return () if len(getattr(jaxpr, "consts", ())) else consts
 
 
-class CustomVJPParts(NamedTuple):
-    """The pieces of a `custom_vjp_call`: `forward` is a jaxpr from primals to residuals and
-    results; `backward` maps residuals and cotangents to the cotangents of the primals."""
+class CustomVJPForward(NamedTuple):
+    """The forward pass of a `custom_vjp_call`: `jaxpr` is from `consts` and primals to
+    `num_fresh` residuals and the results; `forwarded` says for each residual that the backward
+    pass takes which operand of the call it is, or None where it is the next fresh one."""
 
-    forward: Jaxpr
-    forward_consts: Sequence[Any]
-    num_residuals: int
-    input_residuals: Sequence[int | None]
-    backward: Callable[..., Sequence[Any]]
+    jaxpr: Jaxpr
+    consts: Sequence[Any]
+    num_fresh: int
+    forwarded: Sequence[int | None]
 
 
-def custom_vjp_parts(params: dict[str, Any]) -> CustomVJPParts:
-    """Takes a `custom_vjp_call` apart; every primal counts as perturbed."""
-    num_primals = len(params["call_jaxpr"].in_avals) - params["num_consts"]
-    forward, consts = params["fwd_jaxpr_thunk"].call_wrapped(*[True] * num_primals)
+def custom_vjp_forward(params: dict[str, Any], perturbed: Sequence[bool]) -> CustomVJPForward:
+    """The forward pass of a `custom_vjp_call`, whose primals are differentiated where
+    `perturbed` says so."""
+    jaxpr, consts = params["fwd_jaxpr_thunk"].call_wrapped(*perturbed)
     _, residual_tree, forwarded = params["out_trees"]()
-    bwd = params["bwd"]
+    num_fresh = residual_tree.num_leaves - sum(f is not None for f in forwarded)
+    return CustomVJPForward(jaxpr, _not_its_own(jaxpr, consts), num_fresh, forwarded)
+
+
+def custom_vjp_backward(params: dict[str, Any]) -> Callable[..., Sequence[Any]]:
+    """The backward pass of a `custom_vjp_call`: from residuals and cotangents to the cotangents
+    of the primals."""
+    symbolic = params["symbolic_zeros"]
 
     def backward(*args: Any) -> Sequence[Any]:
-        out = bwd.call_wrapped(*args)
+        out = params["bwd"].call_wrapped(*(x if symbolic else instantiate_zero(x) for x in args))
         out = out[0] if isinstance(out, tuple) and len(out) == 2 else out
-        return [ad.instantiate_zeros(ct) if isinstance(ct, ad.Zero) else ct for ct in out]
+        return [instantiate_zero(ct) for ct in out]
 
-    return CustomVJPParts(
-        forward, _not_its_own(forward, consts), residual_tree.num_leaves - sum(f is not None for f in forwarded),
-        forwarded, backward,
-    )  # fmt: skip
+    return backward
+
+
+def instantiate_zero(x: Any) -> Any:
+    """`x`, as an array if it is a symbolic zero."""
+    if isinstance(x, jax.custom_derivatives.SymbolicZero):
+        x = ad.Zero(x.aval)
+    return ad.instantiate_zeros(x) if isinstance(x, ad.Zero) else x
+
+
+def is_unset(branch: Any, output: int) -> bool:
+    """Whether an output of a branch of a `cond` has no particular value: JAX fills so the
+    residuals that only other branches need."""
+    jaxpr = getattr(branch, "jaxpr", branch)
+    made_by = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+    eqn = made_by.get(var) if not isinstance(var := jaxpr.outvars[output], Literal) else None
+    while eqn is not None and eqn.primitive.name == "broadcast_in_dim":
+        eqn = None if isinstance(var := eqn.invars[0], Literal) else made_by.get(var)
+    return eqn is not None and eqn.primitive.name in ("empty", "empty2")

@@ -26,6 +26,7 @@ from jax.core import Tracer
 from jax.extend.core import Primitive
 
 from . import _compat
+from ._table import format_bytes
 
 
 class ImplicitArray(eqx.Module):
@@ -169,9 +170,18 @@ def resolve(primitive: Primitive, *operand_types: type) -> _Rule | None:
 def rules() -> dict[str, list[tuple[str, _Rule]]]:
     """Every rule, by the name of its primitive: the signature and the function."""
     return {
-        primitive.name: [(str(m.signature), m.implementation) for m in resolver.methods]
+        primitive.name: [(_row(m.signature), m.implementation) for m in resolver.methods]
         for primitive, resolver in _resolvers.items()
     }
+
+
+def _row(signature: plum.Signature) -> str:
+    def name(hint: Any) -> str:
+        members = typing.get_args(hint)
+        return " | ".join(map(name, members)) if members else hint.__name__.replace("_Dense", "Array")
+
+    operands = [name(hint) for hint in signature.types]
+    return ", ".join([*operands, f"*{name(signature.varargs)}"] if signature.has_varargs else operands)
 
 
 # -------------------------------------------------------------- what happens when there is no rule
@@ -179,7 +189,7 @@ def rules() -> dict[str, list[tuple[str, _Rule]]]:
 Mode = Literal["warn", "ignore", "error"]
 _MODES = typing.get_args(Mode)
 _mode: contextvars.ContextVar[Mode | None] = contextvars.ContextVar("mode", default=None)
-_records: contextvars.ContextVar[list["Record"] | None] = contextvars.ContextVar(
+_records: contextvars.ContextVar[list["AuditRow"] | None] = contextvars.ContextVar(
     "records", default=None
 )
 _recording_numbers = itertools.count(1)
@@ -188,7 +198,7 @@ _seen_lines: dict[Any, Any] = {}
 
 
 @dataclass(frozen=True)
-class Record:
+class AuditRow:
     """One equation that met a quantized operand."""
 
     primitive: str
@@ -271,9 +281,9 @@ def strict() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Record]]:
-    """Collects a `Record` of every equation that meets a quantized operand, and never warns."""
-    records: list[Record] = []
+def recording() -> Iterator[list[AuditRow]]:
+    """Collects an `AuditRow` for every equation that meets a quantized operand, and never warns."""
+    records: list[AuditRow] = []
     token, number = _records.set(records), _recording_number.set(next(_recording_numbers))
     try:
         yield records
@@ -310,15 +320,15 @@ def report_materialized(
     nbytes = sum(dense_nbytes(x) for x in implicit)
     if (records := _records.get()) is not None:
         line = str(_compat.source_frame())
-        records.append(Record(primitive, tuple(map(short, operands)), "densified", nbytes, line))
+        records.append(AuditRow(primitive, tuple(map(short, operands)), "densified", nbytes, line))
         return
     mode = materialize_mode()
     if mode == "ignore" or nbytes == 0:
         return
     frame = _compat.source_frame()
     message = (
-        f"`{label or primitive}` has no packed form for {', '.join(short(x) for x in implicit)}: "
-        f"{nbytes / 2**20:.3g} MiB made dense at {frame}."
+        f"{label or f'`{primitive}`'} has no packed form for "
+        f"{', '.join(short(x) for x in implicit)}: {format_bytes(nbytes)} made dense at {frame}."
     )
     if mode == "error":
         raise MaterializeError(
@@ -373,10 +383,10 @@ def as_dense(x: Any) -> Any:
     return x.materialize() if isinstance(x, ImplicitArray) else x
 
 
-def _record(primitive: Primitive, operands: Sequence[Any], rule: _Rule) -> Record:
+def _record(primitive: Primitive, operands: Sequence[Any], rule: _Rule) -> AuditRow:
     code = inspect.unwrap(rule).__code__
     where = f"{rule.__name__} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
-    return Record(
+    return AuditRow(
         primitive.name, tuple(map(short, operands)), where, 0, str(_compat.source_frame())
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import equinox as eqx
 
-from ._dispatch import Record, recording
+from ._dispatch import AuditRow, recording
 from ._implicit import Implicit, implicit
 from ._table import format_bytes, format_table
 
@@ -15,11 +15,11 @@ from ._table import format_bytes, format_table
 class Audit:
     """One row for each equation that met a quantized operand. `str()` gives a table."""
 
-    rows: tuple[Record, ...]
+    rows: tuple[AuditRow, ...]
     """In the order of tracing; the body of a loop counts once."""
 
     @property
-    def densified(self) -> tuple[Record, ...]:
+    def densified(self) -> tuple[AuditRow, ...]:
         """The rows that made a quantized operand dense."""
         return tuple(row for row in self.rows if row.densified)
 
@@ -45,8 +45,8 @@ class Audit:
             for row in self.rows
         ]
         total = (
-            f"{len(rows)} equations with quantized operands; {len(self.densified)} made "
-            f"{format_bytes(self.dense_bytes)} dense"
+            f"equations with a quantized operand: {len(rows)}; that made it dense: "
+            f"{len(self.densified)} ({format_bytes(self.dense_bytes)})"
         )
         return f"{format_table(header, rows, left=3)}\n{total}" if rows else total
 

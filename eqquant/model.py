@@ -29,7 +29,7 @@ def quantize(tree: Tree, how: How) -> Tree:
 
     - `tree`: an array, or any pytree: an Equinox model, a dictionary of weights, …
     - `how`: a format, such as `Array8B.quantize`, for every floating-point matrix (two axes or
-        more) of the tree; or a mapping from patterns to formats. A pattern is matched, with
+        more, not counting axes of length 1) of the tree; or a mapping from patterns to formats. A pattern is matched, with
         `*`, `?` and `[...]` as in file names, against the path of a matrix, such as
         `layers.0.attention.query_proj.weight` (a leading `*.` also matches at the root). The first pattern
         that matches wins; the format None leaves a matrix dense, and so does no match.
@@ -105,7 +105,14 @@ def _is_array(x: Any) -> bool:
 
 
 def _is_matrix(x: Any) -> bool:
-    return _is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) and len(x.shape) >= 2
+    """Whether `x` has floating-point numbers along two axes: the bias of a convolution, of shape
+    (out, 1, 1), is a vector."""
+    return (
+        _is_array(x)
+        and jnp.issubdtype(x.dtype, jnp.floating)
+        and len(x.shape) >= 2
+        and sum(n != 1 for n in x.shape) >= 2
+    )
 
 
 def _formats_by_path(tree: Any, how: How) -> dict[str, Format]:

@@ -53,6 +53,12 @@ def test_one_format_for_every_float_matrix(model):
     assert isinstance(model.layers[0].weight, jax.Array)  # the original is untouched
 
 
+def test_the_bias_of_a_convolution_is_a_vector():
+    conv = eqx.nn.Conv2d(3, 4, 3, key=jax.random.key(0))
+    q = eqq.quantize(conv, partial(INT8, axis=(1, 2, 3)))
+    assert isinstance(q.weight, eqq.Array8B) and isinstance(q.bias, jax.Array)
+
+
 def test_first_pattern_wins_and_none_stays_dense(model):
     column = partial(INT8, axis=0)
     q = eqq.quantize(model, {"layers.0.*": None, "*.layers.*": column, "*": INT8})

@@ -21,7 +21,7 @@ from .._quantize import (
     inherit_sharding,
     normalize_axes,
 )
-from .._tiles import EACH, Leaf, Unaligned
+from .._tiles import EACH, Leaf, spread, Unaligned
 
 
 class Array8B(AbstractScaledArray):
@@ -215,10 +215,10 @@ class Array8B(AbstractScaledArray):
 def _quantize(
     x: Array, axes: tuple[int, ...], block_size: int | None
 ) -> tuple[Float[Array, "..."], Int8[Array, "..."]]:
-    if block_size is not None and x.shape[axes[0]] > block_size:
-        return _quantize_blocks(x, axes[0], block_size)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    absmax = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    if block_size is not None and x.shape[axes[0]] <= block_size:
+        block_size = None
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    absmax = _absmax(x, axes, block_size).astype(wide)
     scale = (absmax / 127).astype(jnp.float32)
     # 127 * scale must not round up to infinity.
     scale = jnp.where(jnp.isinf(scale * 127) & jnp.isfinite(scale), jnp.nextafter(scale, 0), scale)
@@ -227,17 +227,19 @@ def _quantize(
     # Above 1e37 the reciprocal would be subnormal, and be flushed to zero.
     safe = jnp.where(is_zero, 1, absmax)
     inverse = jnp.where(is_zero, 0, jnp.where(absmax > 1e37, 127 / safe, 127 * (1 / safe)))
-    weight = jnp.clip(jnp.round(x * inverse), -127, 127).astype(jnp.int8)
+    inverse = spread(scale_leaf(inverse, x.shape, block_size), x.shape)
+    weight = jnp.clip(jnp.round(x.astype(wide) * inverse), -127, 127).astype(jnp.int8)
     return jnp.where(is_zero, 1, scale), weight
 
 
-def _quantize_blocks(x: Array, axis: int, block_size: int) -> tuple[Array, Array]:
-    length = x.shape[axis]
-    blocks = -(-length // block_size)
+def _absmax(x: Array, axes: tuple[int, ...], block_size: int | None) -> Array:
+    """The largest magnitude over `axes`, or over each block of one axis: exact in the dtype of `x`,
+    so that no copy of it is cast."""
+    if block_size is None:
+        return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    (axis,) = axes
+    blocks = -(-x.shape[axis] // block_size)
     padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, blocks * block_size - length)
+    padding[axis] = (0, blocks * block_size - x.shape[axis])
     split = (*x.shape[:axis], blocks, block_size, *x.shape[axis + 1 :])
-    scale, weight = _quantize(jnp.pad(x, padding).reshape(split), (axis + 1,), None)
-    merged = (*x.shape[:axis], blocks * block_size, *x.shape[axis + 1 :])
-    weight = jax.lax.slice_in_dim(weight.reshape(merged), 0, length, axis=axis)
-    return scale.squeeze(axis + 1), weight
+    return jnp.max(jnp.abs(jnp.pad(x, padding).reshape(split)), axis=axis + 1, initial=0)

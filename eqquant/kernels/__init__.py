@@ -10,7 +10,6 @@ from .dot_general import quantized_dot_general_p as quantized_dot_general_p
 
 
 __all__ = [
-    "convolve",
     "quantized_convolution_p",
     "quantized_dot_general",
     "quantized_dot_general_p",

@@ -47,6 +47,25 @@ def convolve(
 
     **Returns:** an array of the shape and dtype that `lax.conv_general_dilated` gives. Sums are
     accumulated in float32 (float64 if an operand is).
+
+    !!! example
+
+        ```python
+        import jax.numpy as jnp
+        from jax import lax
+        import eqquant as eqq
+        from eqquant.kernels import convolve
+
+        x = jnp.ones((1, 3, 16, 16))
+        w = eqq.Array8B.quantize(jnp.ones((8, 3, 3, 3)), axis=(1, 2, 3))
+        y = convolve(
+            x, w, window_strides=(1, 1), padding=((1, 1), (1, 1)),
+            lhs_dilation=(1, 1), rhs_dilation=(1, 1),
+            dimension_numbers=lax.conv_dimension_numbers(x.shape, w.shape, None),
+            feature_group_count=1, batch_group_count=1, precision=None,
+        )
+        assert y.shape == (1, 8, 16, 16)
+        ```
     """
     leaves, treedef = jtu.tree_flatten(w)
     out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, w.dtype))

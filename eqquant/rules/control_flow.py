@@ -6,10 +6,9 @@ emitted again through the public API of JAX, with quantized arrays as the pytree
 | `jit`, `closed_call`, `remat2`   | nothing                                                        |
 | `scan`, `while`                  | a carry whose packed structure the body changes                |
 | `cond`                           | an output whose packed structure differs between branches      |
-| `custom_jvp_call`                | nothing; tangents of the weight are dense                      |
-| `custom_vjp_call`                | nothing; cotangents of the weight are dense                    |
-| `custom_vmap_call`               | nothing                                                        |
-| `shard_map`                      | outputs                                                        |
+| `custom_jvp_call`                | outputs, and tangents of the weight                            |
+| `custom_vjp_call`                | outputs, and cotangents of the weight                          |
+| `custom_vmap_call`, `shard_map`  | outputs                                                        |
 """
 
 import functools
@@ -24,7 +23,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat, _sharding
 from .._array import AbstractScaledArray, QuantizedArray
-from .._dispatch import as_dense, register, report_materialized, tracing_state, transparent
+from .._dispatch import (
+    as_dense,
+    recording,
+    register,
+    report_materialized,
+    tracing_state,
+    transparent,
+)
 from .._implicit import evaluate, implicit, is_implicit
 from .._tiles import EACH, Leaf, spread
 
@@ -39,6 +45,16 @@ def _make_dense(primitive: Any, x: Any, where: str) -> Any:
     if is_implicit(x):
         report_materialized(primitive.name, [x], f"{primitive.name} ({where})")
     return as_dense(x)
+
+
+def _dense_outputs(primitive: Any, outputs: Sequence[Any]) -> list[Any]:
+    return [_make_dense(primitive, x, "an output") for x in outputs]
+
+
+def _abstract(f: Callable[..., Any], *args: Any) -> Any:
+    """The abstract results of `f`. What it makes dense is reported when it runs, not here."""
+    with recording():
+        return jax.eval_shape(f, *args)
 
 
 # ----------------------------------------------------------------------------------------- calls
@@ -119,7 +135,7 @@ def scan_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -
         return out[:num_carry], out[num_carry:]
 
     carry = _stable_carry(
-        primitive, carry, lambda carry: jax.eval_shape(lambda c, x: body(c, _first(x))[0], carry, xs)
+        primitive, carry, lambda carry: _abstract(lambda c, x: body(c, _first(x))[0], carry, xs)
     )
 
     def dense_where_it_was(carry: Any, x: Any) -> Any:
@@ -138,17 +154,17 @@ def scan_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -
     return [*carry, *ys]
 
 
-def _sliceable(primitive: Any, x: Any) -> Any:
-    """`x` with every leaf as long as its first axis, so that `scan` can slice it as a pytree."""
+def _sliceable(primitive: Any, x: Any, axes: Sequence[int] = (0,)) -> Any:
+    """`x` with every leaf as long as its first `axes`, to be sliced along them as a pytree."""
     if not isinstance(x, AbstractScaledArray):
         return _make_dense(primitive, x, "scanned over")
     moved: dict[str, Leaf] = {}
     for name, leaf in x.leaves().items():
-        if leaf.array.shape[0] != x.shape[0]:
-            if leaf.ordered:
-                return _make_dense(primitive, x, "scanned over its packed axis")
-            array = spread(leaf, x.shape, [0])
-            leaf = leaf.with_axis(0, array, EACH)
+        for axis in axes:
+            if leaf.array.shape[axis] != x.shape[axis]:
+                if leaf.ordered:
+                    return _make_dense(primitive, x, "scanned over its packed axis")
+                leaf = leaf.with_axis(axis, spread(leaf, x.shape, [axis]), EACH)
         moved[name] = leaf
     return x.with_leaves(moved)
 
@@ -187,38 +203,81 @@ def while_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) 
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
 
-    def cond(carry: Any) -> Any:
+    def predicate(carry: Any) -> Array:
         return evaluate(params["cond_jaxpr"], [*cond_consts, *carry])[0]
 
     def body(carry: Any) -> list[Any]:
-        return evaluate(params["body_jaxpr"], [*body_consts, *carry])
+        new = evaluate(params["body_jaxpr"], [*body_consts, *carry])
+        if not batched:
+            return new
+        running = predicate(carry)
+        return [_select(primitive, running, x, y) for x, y in zip(new, carry, strict=True)]
 
+    batched = range(params["cond_jaxpr"].out_avals[0].ndim)  # by vmap: a loop for each element
     carry = list(operands[n_cond + n_body :])
-    carry = _stable_carry(primitive, carry, lambda carry: jax.eval_shape(body, carry))
-    return lax.while_loop(cond, lambda carry: _like(primitive, body(carry), carry), carry)
+    if batched:
+        carry = [_sliceable(primitive, x, batched) if is_implicit(x) else x for x in carry]
+    carry = _stable_carry(primitive, carry, lambda carry: _abstract(body, carry))
+    return lax.while_loop(
+        lambda carry: jnp.any(predicate(carry)),
+        lambda carry: _like(primitive, body(carry), carry),
+        carry,
+    )
+
+
+def _select(primitive: Any, which: Array, x: Any, y: Any) -> Any:
+    """`x` where `which` holds, else `y`; `which` has the leading axes of both."""
+    if x is y:
+        return x
+    leads = all(leaf.shape[: which.ndim] == which.shape for leaf in jtu.tree_leaves((x, y)))
+    if not leads or _structure(x) != _structure(y):
+        x, y = (_make_dense(primitive, each, "a carry of a batched loop") for each in (x, y))
+
+    def select(x: Array, y: Array) -> Array:
+        return lax.select(lax.broadcast_in_dim(which, x.shape, range(which.ndim)), x, y)
+
+    return jtu.tree_map(select, x, y)
 
 
 @register(lax.cond_p)
 @transparent
 def cond_any(primitive: Any, index: Array, *operands: QuantizedArray | Array, **params: Any) -> Any:
-    bodies = [
-        lambda *args, branch=branch: evaluate(branch, args) for branch in params["branches"]
-    ]
-    results = [jax.eval_shape(body, *operands) for body in bodies]
-    agree = [
-        len({str(_structure(out)) for out in outs}) == 1 for outs in zip(*results, strict=True)
+    jaxprs = params["branches"]
+    unset = [[_compat.is_unset(jaxpr, i) for i in range(len(jaxpr.outvars))] for jaxpr in jaxprs]
+    results = [_abstract(functools.partial(evaluate, jaxpr), operands) for jaxpr in jaxprs]
+    forms = [
+        _common_form([x for x, skip in zip(each, skips, strict=True) if not skip])
+        for each, skips in zip(zip(*results, strict=True), zip(*unset, strict=True), strict=True)
     ]
 
-    def branch(body: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def branch(jaxpr: Any, unset: Sequence[bool]) -> Callable[..., list[Any]]:
         def run(*args: Any) -> list[Any]:
             return [
-                x if same else _make_dense(primitive, x, "branches differ")
-                for x, same in zip(body(*args), agree, strict=True)
+                _make_dense(primitive, x, "branches differ")
+                if form is None
+                else jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), form)
+                if skip
+                else x
+                for x, form, skip in zip(evaluate(jaxpr, args), forms, unset, strict=True)
             ]
 
         return run
 
-    return lax.switch(index, [branch(body) for body in bodies], *operands)
+    branches = [branch(*each) for each in zip(jaxprs, unset, strict=True)]
+    if params.get("branches_platforms"):  # lax.platform_dependent: one branch will be lowered
+        named = {
+            name: branch
+            for branch, names in zip(branches, params["branches_platforms"], strict=True)
+            for name in names or ("default",)
+        }
+        return lax.platform_dependent(*operands, **named)
+    return lax.switch(index, branches, *operands)
+
+
+def _common_form(xs: Sequence[Any]) -> Any:
+    """The packed form that all of `xs` have, or None."""
+    same = xs and is_implicit(xs[0]) and all(_structure(x) == _structure(xs[0]) for x in xs)
+    return xs[0] if same else None
 
 
 # ------------------------------------------------------------------------- custom derivatives
@@ -228,7 +287,7 @@ def _tangent_of(x: Any, tangent: Any) -> Any:
     """The tangent of the array that `x` stands for, from the tangents of its leaves."""
     leaves, treedef = jtu.tree_flatten(x)
     tangents = [
-        jnp.zeros(leaf.shape, leaf.dtype) if _is_zero(t) else t
+        jax.custom_derivatives.zero_from_primal(leaf) if _is_zero(t) else t
         for leaf, t in zip(leaves, jtu.tree_leaves(tangent, is_leaf=_is_zero), strict=True)
     ]
     moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
@@ -260,7 +319,7 @@ def custom_jvp_call_any(primitive: Any, *operands: QuantizedArray | Array, **par
 
     @jax.custom_jvp
     def function(*args: Any) -> list[Any]:
-        return [as_dense(x) for x in evaluate(params["call_jaxpr"], [*consts, *args])]
+        return _dense_outputs(primitive, evaluate(params["call_jaxpr"], [*consts, *args]))
 
     def derivative(primals: Any, tangents: Any) -> Any:
         zeros = [
@@ -271,7 +330,7 @@ def custom_jvp_call_any(primitive: Any, *operands: QuantizedArray | Array, **par
         moving = [
             _tangent_of(x, t) for x, t, zero in zip(primals, tangents, zeros, strict=True) if not zero
         ]
-        out = [as_dense(x) for x in evaluate(jaxpr, [*jvp_consts, *primals, *moving])]
+        out = _dense_outputs(primitive, evaluate(jaxpr, [*jvp_consts, *primals, *moving]))
         results, nonzero = out[: len(out_zeros)], iter(out[len(out_zeros) :])
         return results, [
             jnp.zeros(y.shape, _compat.tangent_dtype(y.dtype)) if zero else next(nonzero)
@@ -289,24 +348,23 @@ def custom_vjp_call_any(primitive: Any, *operands: QuantizedArray | Array, **par
 
     @jax.custom_vjp
     def function(*args: Any) -> list[Any]:
-        return [as_dense(x) for x in evaluate(params["call_jaxpr"], [*consts, *args])]
+        return _dense_outputs(primitive, evaluate(params["call_jaxpr"], [*consts, *args]))
 
-    def forward(*args: Any) -> Any:
-        parts = _compat.custom_vjp_parts(params)
-        out = evaluate(parts.forward, [*parts.forward_consts, *args])
-        fresh, results = out[: parts.num_residuals], out[parts.num_residuals :]
-        remaining = iter(fresh)
-        operands = [*consts, *args]
-        residuals = [next(remaining) if i is None else operands[i] for i in parts.input_residuals]
-        return [as_dense(x) for x in results], (residuals, args)
+    def forward(*perturbable: Any) -> Any:
+        args = [jtu.tree_map(lambda leaf: leaf.value, x) for x in perturbable]
+        perturbed = [any(leaf.perturbed for leaf in jtu.tree_leaves(x)) for x in perturbable]
+        parts = _compat.custom_vjp_forward(params, perturbed)
+        out = evaluate(parts.jaxpr, [*parts.consts, *args])
+        fresh, results, given = iter(out), out[parts.num_fresh :], [*consts, *args]
+        residuals = [next(fresh) if i is None else given[i] for i in parts.forwarded]
+        return _dense_outputs(primitive, results), (residuals, args)
 
     def backward(saved: Any, cotangents: Any) -> Any:
         residuals, args = saved
-        backward = _compat.custom_vjp_parts(params).backward
-        dense = implicit(backward)(*residuals, *cotangents)
+        dense = implicit(_compat.custom_vjp_backward(params))(*residuals, *cotangents)
         return tuple(_cotangent_of(x, ct) for x, ct in zip(args, dense, strict=True))
 
-    function.defvjp(forward, backward)
+    function.defvjp(forward, backward, symbolic_zeros=True)
     return function(*primals)
 
 
@@ -325,7 +383,7 @@ def custom_vmap_call_any(primitive: Any, *operands: QuantizedArray | Array, **pa
 
     @jax.custom_batching.custom_vmap
     def function(*args: Any) -> list[Any]:
-        return [as_dense(x) for x in evaluate(params["call"], args)]
+        return _dense_outputs(primitive, evaluate(params["call"], args))
 
     @function.def_vmap
     def batched(axis_size: int, in_batched: Any, *args: Any) -> Any:
@@ -373,9 +431,7 @@ def shard_map_any(primitive: Any, *operands: QuantizedArray | Array, **params: A
         )
 
     def body(*args: Any) -> list[Any]:
-        return [
-            _make_dense(primitive, x, "an output") for x in evaluate(params["jaxpr"], args)
-        ]
+        return _dense_outputs(primitive, evaluate(params["jaxpr"], args))
 
     mapped = jax.shard_map(
         body,

@@ -41,7 +41,7 @@ _ARITHMETIC = (
 @transparent
 def elementwise_dense(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
     """The result has a value of its own for each element: it is dense, and so is the weight."""
-    report_materialized(primitive.name, operands, "elementwise arithmetic")
+    report_materialized(primitive.name, operands, "Elementwise arithmetic")
     return _compat.bind(primitive, [as_dense(x) for x in operands], params)[0]
 
 
@@ -95,6 +95,18 @@ def convert_element_type_scaled(
         return elementwise_dense(primitive, x, new_dtype=new_dtype, **params)
     dtype, via = cast(x, new_dtype)
     return x.with_dtype(dtype, via)
+
+
+@register(lax.reduce_precision_p)
+def reduce_precision_scaled(
+    primitive: Any, x: AbstractScaledArray, *, exponent_bits: int, mantissa_bits: int, **params: Any
+) -> Any:
+    """To the precision that `x` has: how `jax.checkpoint` marks what its policy saves."""
+    dtype = jnp.finfo(x.dtype)
+    if exponent_bits >= dtype.nexp and mantissa_bits >= dtype.nmant:
+        return x
+    bits = dict(exponent_bits=exponent_bits, mantissa_bits=mantissa_bits)
+    return elementwise_dense(primitive, x, **bits, **params)
 
 
 @register(*_ON_EACH_LEAF)

@@ -43,6 +43,7 @@ def tiled(
     tiles = TILES if outputs <= w.size // 8 else TILES_OF_MANY_ROWS
     limit = max(min(w.size // tiles, MAX_TILE_BYTES // itemsize), 1)
     order = list(range(w.ndim)) if w.size * itemsize > SMALL_BYTES else []  # contiguous tiles first
+    order.sort(key=lambda axis: limit * w.shape[axis] < w.size)  # then those too short for one cut
     if outputs >= 2 * limit:
         # Partial sums larger than a tile cost more than reading tiles that are not contiguous.
         wide = [axis for axis in order if limit * w.shape[axis] >= LANES * w.size]
