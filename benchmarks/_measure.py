@@ -66,4 +66,8 @@ def save(name: str, results: Any) -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-    print(f"wrote {path.relative_to(pathlib.Path.cwd())}" if path.is_relative_to(pathlib.Path.cwd()) else f"wrote {path}")
+    print(
+        f"wrote {path.relative_to(pathlib.Path.cwd())}"
+        if path.is_relative_to(pathlib.Path.cwd())
+        else f"wrote {path}"
+    )

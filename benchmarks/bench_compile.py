@@ -1,9 +1,10 @@
 """How much longer a quantized transformer takes to trace, lower and compile than the dense one.
 
-    python benchmarks/bench_compile.py [--width 256] [--layers 12] [--runs 9]
+python benchmarks/bench_compile.py [--width 256] [--layers 12] [--runs 9]
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +61,7 @@ def phases(model: Callable[..., Any], x: Any) -> dict[str, float]:
     marks.append(time.perf_counter())
     lowered.compile()
     marks.append(time.perf_counter())
-    steps = [b - a for a, b in zip(marks[:-1], marks[1:], strict=True)]
+    steps = [b - a for a, b in itertools.pairwise(marks)]
     return dict(zip(PHASES, [*steps, marks[-1] - marks[0]], strict=True))
 
 
@@ -83,16 +84,23 @@ def main() -> None:
     for warm_up in (dense, quantized):
         phases(warm_up, x)
     found = interleaved(
-        {"dense": lambda: measure("dense", dense), "Array8B": lambda: measure("Array8B", quantized)},
+        {
+            "dense": lambda: measure("dense", dense),
+            "Array8B": lambda: measure("Array8B", quantized),
+        },
         args.runs,
         "dense",
     )
     print(machine())
-    print(f"{args.layers} layers of width {args.width}, {args.runs} interleaved runs, medians in seconds")
+    print(
+        f"{args.layers} layers of width {args.width}, {args.runs} interleaved runs, medians in seconds"
+    )
     print(f"{'':10}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'ratio':>10}")
     for name, times in samples.items():
         medians = [sorted(t[phase] for t in times)[len(times) // 2] for phase in PHASES]
-        print(f"{name:10}" + "".join(f"{m:10.3f}" for m in medians) + f"{found[name]['ratio']:10.2f}")
+        print(
+            f"{name:10}" + "".join(f"{m:10.3f}" for m in medians) + f"{found[name]['ratio']:10.2f}"
+        )
         found[name] |= dict(zip(PHASES, medians, strict=True))
     save("compile", {"layers": args.layers, "width": args.width, "runs": args.runs, **found})
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from . import _sharding
 from ._dispatch import ImplicitArray, report_materialized
 from ._implicit import implicit
-from ._tiles import EACH, Leaf, Tile, Unaligned, constant_tile, spread
+from ._tiles import constant_tile, EACH, Leaf, spread, Tile, Unaligned
 
 
 _Scaled = TypeVar("_Scaled", bound="AbstractScaledArray")
@@ -107,7 +107,9 @@ class QuantizedArray(ImplicitArray):
         return self.materialize()
 
     def __jax_array__(self) -> Array:
-        report_materialized("__jax_array__", [self], "A jax.numpy function outside eqquant.implicit")
+        report_materialized(
+            "__jax_array__", [self], "A jax.numpy function outside eqquant.implicit"
+        )
         return self.materialize()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

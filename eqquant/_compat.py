@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jaxtyping
-from jax._src import core as _core
-from jax._src import dispatch as _dispatch
-from jax._src import source_info_util as _source_info
+from jax._src import core as _core, dispatch as _dispatch, source_info_util as _source_info
 from jax._src.interpreters import partial_eval as _partial_eval
-from jax._src.sharding_impls import ShardingContext as _ShardingContext
-from jax._src.sharding_impls import SPMDAxisContext as _SPMDAxisContext
 from jax._src.named_sharding import UnspecifiedValue as _UnspecifiedValue
+from jax._src.sharding_impls import (
+    ShardingContext as _ShardingContext,
+    SPMDAxisContext as _SPMDAxisContext,
+)
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, primitives
 from jax.interpreters import ad, batching, mlir
 from plum._resolver import Resolver
@@ -110,11 +110,11 @@ class Frame(NamedTuple):
         return f"{self.file}:{self.line} ({self.function})" if self.file else "unknown line"
 
 
-_LIBRARIES = tuple(
-    f"{pathlib.Path(file).parent}{os.sep}"
-    for file in (jax.__file__, eqx.__file__, jaxtyping.__file__, __file__)
-    if file is not None
-) + ("<@beartype", contextlib.__file__, functools.__file__)
+_FOLDERS = (jax.__file__, eqx.__file__, jaxtyping.__file__, __file__)
+_LIBRARIES = (
+    *(f"{pathlib.Path(file).parent}{os.sep}" for file in _FOLDERS if file is not None),
+    *("<@beartype", contextlib.__file__, functools.__file__),
+)
 
 
 def source_frame() -> Frame:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import plum
@@ -178,10 +177,14 @@ def rules() -> dict[str, list[tuple[str, _Rule]]]:
 def _row(signature: plum.Signature) -> str:
     def name(hint: Any) -> str:
         members = typing.get_args(hint)
-        return " | ".join(map(name, members)) if members else hint.__name__.replace("_Dense", "Array")
+        return (
+            " | ".join(map(name, members)) if members else hint.__name__.replace("_Dense", "Array")
+        )
 
     operands = [name(hint) for hint in signature.types]
-    return ", ".join([*operands, f"*{name(signature.varargs)}"] if signature.has_varargs else operands)
+    return ", ".join(
+        [*operands, f"*{name(signature.varargs)}"] if signature.has_varargs else operands
+    )
 
 
 # -------------------------------------------------------------- what happens when there is no rule
@@ -309,9 +312,7 @@ def short(x: Any) -> str:
     return f"{kind} {dtype}[{','.join(map(str, x.shape))}]"
 
 
-def report_materialized(
-    primitive: str, operands: Sequence[Any], label: str | None = None
-) -> None:
+def report_materialized(primitive: str, operands: Sequence[Any], label: str | None = None) -> None:
     """Makes it visible that the implicit arrays among `operands` become dense in `primitive`.
 
     The warning speaks of `label` instead, if given: a line of code warns once for each label.
@@ -355,7 +356,9 @@ def apply(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any])
     Returns the list of its results, arrays or implicit arrays.
     """
     rule = resolve(primitive, *map(type, operands))
-    if rule is None and any(settled is not x for x, settled in zip(operands, map(settle, operands), strict=True)):
+    if rule is None and any(
+        settled is not x for x, settled in zip(operands, map(settle, operands), strict=True)
+    ):
         return apply(primitive, [settle(x) for x in operands], params)
     if rule is not None:
         arrays = [x if isinstance(x, ImplicitArray) else jnp.asarray(x) for x in operands]

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from . import _compat
-from ._dispatch import ImplicitArray, apply, settle
+from ._dispatch import apply, ImplicitArray, settle
 
 
 P = ParamSpec("P")

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -64,7 +63,9 @@ def check_finite(where: str, array: Array, scale: Array) -> None:
         return
     bad = np.argwhere(~np.isfinite(np.asarray(array, np.float64)))
     if not len(bad):
-        raise ValueError(f"{where}: values as large as {float(jnp.max(jnp.abs(array)))} overflow a float32 scale.")
+        raise ValueError(
+            f"{where}: values as large as {float(jnp.max(jnp.abs(array)))} overflow a float32 scale."
+        )
     index = tuple(int(i) for i in bad[0])
     raise ValueError(
         f"{where} takes finite numbers; array[{', '.join(map(str, index))}] is {array[index]} "

@@ -5,7 +5,6 @@ equal tiles (the last may be partial). The functions here move a leaf through on
 operation, or raise `Unaligned` where the result would not be a regular tiling any more.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,7 +64,9 @@ def spread(leaf: Leaf, shape: Sequence[int], axes: Sequence[int] | None = None) 
         if axes is None or axis in axes:
             if array.shape[axis] == 1:
                 array = lax.broadcast_in_dim(
-                    array, (*array.shape[:axis], length, *array.shape[axis + 1 :]), range(array.ndim)
+                    array,
+                    (*array.shape[:axis], length, *array.shape[axis + 1 :]),
+                    range(array.ndim),
                 )
             else:
                 array = jnp.repeat(array, tile.size, axis=axis)

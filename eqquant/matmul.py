@@ -10,7 +10,9 @@ from .kernels import quantized_dot_general
 
 
 def matmul_bf16_int8_weight_only(
-    lhs_bf16: Float[Array, "... m k"], rhs_q_int8: Int8[Array, "k n"], rhs_scale: Float[Array, "a b"]
+    lhs_bf16: Float[Array, "... m k"],
+    rhs_q_int8: Int8[Array, "k n"],
+    rhs_scale: Float[Array, "a b"],
 ) -> Float[Array, "... m n"]:
     """`lhs @ (rhs_q * rhs_scale)`, weight-only: the codes are never expanded into a matrix.
 

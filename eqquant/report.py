@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._array import QuantizedArray, leaf_nbytes
+from ._array import leaf_nbytes, QuantizedArray
 from ._implicit import is_implicit
 from ._table import format_bytes, format_table
-from .model import How, _apply_format, _formats_by_path, _is_array, path_name
+from .model import _apply_format, _formats_by_path, _is_array, How, path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,9 @@ def report(dense: Any, quantized: Any) -> Report:
     rows, seen = [], set()
     for (name, x), (_, q) in zip(before, after, strict=True):
         if tuple(x.shape) != tuple(q.shape):
-            raise ValueError(f"{name!r} has shape {x.shape} in one model and {q.shape} in the other.")
+            raise ValueError(
+                f"{name!r} has shape {x.shape} in one model and {q.shape} in the other."
+            )
         if id(q) in seen:
             continue
         seen.add(id(q))
@@ -153,7 +155,9 @@ def plan(tree: Any, how: How) -> Report:
         q = x
         if name in formats:
             struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
-            q = eqx.filter_eval_shape(lambda a, f=formats[name], n=name: _apply_format(f, a, n), struct)
+            q = eqx.filter_eval_shape(
+                lambda a, f=formats[name], n=name: _apply_format(f, a, n), struct
+            )
         rows.append(_row(name, x, q, None))
     return Report(tuple(rows))
 

@@ -4,7 +4,9 @@ import os
 
 
 # Before JAX is imported: sharding is tested on eight virtual devices of the CPU.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.pop("EQQUANT_ON_MATERIALIZE", None)
 
@@ -20,7 +22,9 @@ _COMMON = dict(
     print_blob=True,
 )
 hypothesis.settings.register_profile("dev", max_examples=10, **_COMMON)
-hypothesis.settings.register_profile("ci", max_examples=12, derandomize=True, database=None, **_COMMON)
+hypothesis.settings.register_profile(
+    "ci", max_examples=12, derandomize=True, database=None, **_COMMON
+)
 hypothesis.settings.register_profile("nightly", max_examples=500, **_COMMON)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev")

@@ -7,12 +7,12 @@ the program is a function of `x` and the other operands.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import numpy as np
 from formats import generator
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -169,7 +169,8 @@ def tile(draw, x):
 @law("pad")
 def pad(draw, x):
     config = [
-        (draw(st.integers(-1, 2)), draw(st.integers(0, 2)), draw(st.integers(0, 1))) for _ in x.shape
+        (draw(st.integers(-1, 2)), draw(st.integers(0, 2)), draw(st.integers(0, 1)))
+        for _ in x.shape
     ]
     value = draw(st.sampled_from([0, 0, 1.5]))
     return lambda x: lax.pad(x, jnp.asarray(value, x.dtype), config)
@@ -408,15 +409,21 @@ _UNARY = (
 _BINARY = "add sub mul div rem max min pow atan2 nextafter eq ne lt le gt ge complex".split()
 
 
+def _unary(name, x):
+    return getattr(lax, name)(x)
+
+
+def _binary(name, x):
+    return getattr(lax, name)(x, x)
+
+
 def _positive(x):
     return jnp.clip(jnp.abs(x), 0.01, 0.99).astype(x.dtype)
 
 
 DENSE_PROGRAMS: dict[str, Callable[[Any], Any]] = {
-    **{
-        name: (lambda x, f=getattr(lax, name, None): f(x)) for name in _UNARY
-    },
-    **{name: (lambda x, f=getattr(lax, name): f(x, x)) for name in _BINARY},
+    **{name: partial(_unary, name) for name in _UNARY},
+    **{name: partial(_binary, name) for name in _BINARY},
     "imag": lambda x: lax.imag(x.astype(jnp.complex64)),
     "real": lambda x: lax.real(x.astype(jnp.complex64)),
     "conj": lambda x: lax.conj(x.astype(jnp.complex64)),
@@ -458,7 +465,9 @@ DENSE_PROGRAMS: dict[str, Callable[[Any], Any]] = {
         x, jnp.inf, lax.min, (2,) * x.ndim, (1,) * x.ndim, "SAME"
     ),
     "select_and_scatter_add": lambda x: jax.grad(
-        lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (2,) * x.ndim, (2,) * x.ndim, "SAME").sum()
+        lambda x: lax.reduce_window(
+            x, -jnp.inf, lax.max, (2,) * x.ndim, (2,) * x.ndim, "SAME"
+        ).sum()
     )(x),
     "scatter-add": lambda x: x.at[0].add(1),
     "scatter-sub": lambda x: x.at[0].subtract(1),
@@ -516,4 +525,3 @@ NO_QUANTIZED_OPERAND = {
     "add_any": "only made by transposition",
     "polynomial": "no public function makes it",
 }
-

@@ -65,7 +65,7 @@ DENSE = {
     "round": lambda q: round(q, 1),
     "q < 0": lambda q: q < 0,
     "q >= 0": lambda q: q >= 0,
-    "q == q": lambda q: q == q,  # noqa: PLR0124
+    "q == q": lambda q: q == q,
     "q != 0": lambda q: q != 0,
     "mask": lambda q: q[np.array([True, False, True, False])],
     "mean": lambda q: q.mean(1),
@@ -93,13 +93,19 @@ def test_numpy_scalars_and_arrays_on_either_side(q, dense):
     with eqq.on_materialize("ignore"):
         for other in (np.float32(2), np.ones((4, 6), np.float32), 3, 1.5):
             for op in (operator.add, operator.mul, operator.sub, operator.truediv):
-                np.testing.assert_allclose(eqq.materialize(op(q, other)), op(dense, other), rtol=1e-6)
-                np.testing.assert_allclose(eqq.materialize(op(other, q)), op(other, dense), rtol=1e-6)
+                np.testing.assert_allclose(
+                    eqq.materialize(op(q, other)), op(dense, other), rtol=1e-6
+                )
+                np.testing.assert_allclose(
+                    eqq.materialize(op(other, q)), op(other, dense), rtol=1e-6
+                )
 
 
 def test_jax_array_on_the_left_is_right_dense_and_warned_about(q, dense):
     x = jnp.ones((2, 4))
-    with pytest.warns(eqq.MaterializeWarning, match=r"outside eqquant.implicit.*Array8B float32\[4,6\]"):
+    with pytest.warns(
+        eqq.MaterializeWarning, match=r"outside eqquant.implicit.*Array8B float32\[4,6\]"
+    ):
         np.testing.assert_allclose(x @ q, x @ dense, rtol=1e-6)
     with pytest.warns(eqq.MaterializeWarning):
         np.testing.assert_array_equal(jnp.sin(q), jnp.sin(dense))
@@ -126,7 +132,7 @@ def test_scalars_and_lengths(q):
 def test_hash_and_equality_do_not_raise(q):
     assert len({q, q}) == 1
     with eqq.on_materialize("ignore"):
-        assert bool((q == q).all())  # noqa: PLR0124
+        assert bool((q == q).all())
 
 
 def test_unknown_operands_are_refused_in_the_usual_way(q):

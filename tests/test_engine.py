@@ -143,7 +143,12 @@ def test_strict_mode_raises_and_offers_ways_out(q):
 def test_audit_lists_every_equation_with_a_quantized_operand(q):
     def program(w, x):
         y = jnp.tanh(w @ x)
-        return y + lax.sort(w.ravel())[0] + jnp.exp(w).sum() + lax.fori_loop(0, 3, lambda i, y: w @ x, y)
+        return (
+            y
+            + lax.sort(w.ravel())[0]
+            + jnp.exp(w).sum()
+            + lax.fori_loop(0, 3, lambda i, y: w @ x, y)
+        )
 
     found = eqq.audit(program, q, jnp.ones(6))
     kinds = [row.primitive for row in found.rows]
@@ -212,7 +217,11 @@ def test_an_inner_jit_is_compiled_once_and_audited_each_time(q):
 
     with eqq.on_materialize("ignore"):
         eqq.implicit(program)(q, jnp.ones(6))
-    assert len(eqq.audit(program, q, jnp.ones(6)).rows) == len(eqq.audit(program, q, jnp.ones(6)).rows) == 1
+    assert (
+        len(eqq.audit(program, q, jnp.ones(6)).rows)
+        == len(eqq.audit(program, q, jnp.ones(6)).rows)
+        == 1
+    )
     with pytest.raises(eqq.MaterializeError), eqq.strict():
         eqq.implicit(program)(q, jnp.ones(6))
     from eqquant.rules.control_flow import _jitted
@@ -251,7 +260,7 @@ def test_ste_has_the_value_of_the_quantizer_and_the_derivative_of_the_identity()
               jax.checkpoint(jax.vmap(fake))):  # fmt: skip
         np.testing.assert_array_equal(f(x), want)
         np.testing.assert_array_equal(jax.grad(lambda x, f=f: f(x).sum())(x), np.ones_like(x))
-    y, dy = jax.jvp(fake, (x[0],), (2 * x[0],))
+    _, dy = jax.jvp(fake, (x[0],), (2 * x[0],))
     np.testing.assert_array_equal(dy, 2 * x[0])
     assert fake(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="must keep the shape"):

@@ -9,6 +9,7 @@ import pytest
 
 import eqquant as eqq
 
+
 pytest.importorskip("rich", reason="the example needs eqquant[examples]")
 pytest.importorskip("safetensors", reason="the example needs eqquant[examples]")
 pytest.importorskip("tokenizers", reason="the example needs eqquant[examples]")
@@ -118,7 +119,7 @@ def test_a_format_that_refuses_is_listed_with_its_reason(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content, sentence",
+    ("content", "sentence"),
     [
         (None, "cannot be read: No such file or directory."),
         (b"", "holds no sentences: write one per line."),

@@ -29,7 +29,9 @@ def test_codes_are_those_of_bitsandbytes(name, dtype):
 def test_sqnr_of_a_gaussian_matches_its_closed_form():
     # Uniform rounding of step absmax / 127 has variance step^2 / 12.
     w = np.asarray(jax.random.normal(jax.random.key(0), (512, 4096)), np.float64)
-    error = w - np.asarray(eqq.Array8B.quantize(jnp.asarray(w, jnp.float32)).materialize(), np.float64)
+    error = w - np.asarray(
+        eqq.Array8B.quantize(jnp.asarray(w, jnp.float32)).materialize(), np.float64
+    )
     sqnr = 10 * np.log10((w**2).sum() / (error**2).sum())
     expected = 10 * np.log10((w**2).mean() / ((np.abs(w).max(1) / 127) ** 2 / 12).mean())
     assert abs(sqnr - expected) < 0.03
@@ -67,7 +69,9 @@ def test_magnitudes_at_the_ends_of_the_dtype(dtype):
         y = np.asarray(eqq.Array8B.quantize(x).materialize(), np.float64)
         assert np.isfinite(y).all()
         if magnitude > 127 * float(jnp.finfo(jnp.float32).tiny):
-            np.testing.assert_allclose(y, np.asarray(x, np.float64), atol=magnitude * (1 / 254 + float(info.eps)))
+            np.testing.assert_allclose(
+                y, np.asarray(x, np.float64), atol=magnitude * (1 / 254 + float(info.eps))
+            )
 
 
 def test_zero_groups_give_exact_zeros_and_spoil_nothing():

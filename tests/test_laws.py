@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from formats import DTYPES, FORMATS, SHAPES
 from jax import lax
-from laws import DENSE_PROGRAMS, LAWS, NO_QUANTIZED_OPERAND, Law
+from laws import DENSE_PROGRAMS, Law, LAWS, NO_QUANTIZED_OPERAND
 
 import eqquant as eqq
 from eqquant import _compat, _dispatch
@@ -53,7 +53,9 @@ class Program:
     def check(self, got: Any, want: Any, dense: Any) -> None:
         got, want = eqq.materialize(got), want
         assert jtu.tree_structure(got) == jtu.tree_structure(want)
-        magnitude = self.run(jnp.abs(dense), *map(jnp.abs, self.others)) if not self.law.exact else want
+        magnitude = (
+            self.run(jnp.abs(dense), *map(jnp.abs, self.others)) if not self.law.exact else want
+        )
         for g, w, m in zip(*map(jtu.tree_leaves, (got, want, magnitude)), strict=True):
             assert (g.shape, g.dtype) == (w.shape, w.dtype)
             if self.law.exact or not jnp.issubdtype(w.dtype, jnp.inexact):
@@ -113,7 +115,10 @@ def test_vmap_and_scan_over_stacked_arrays(law: Law, format: str) -> None:
     @examples(EXAMPLES["vmap"])
     def holds(data: st.DataObject) -> None:
         program = Program.drawn(data.draw, law, format)
-        stacked = jtu.tree_map(lambda leaf: jnp.stack([leaf, leaf[..., ::-1] if leaf.shape[-1:] != (1,) else leaf]), program.x)
+        stacked = jtu.tree_map(
+            lambda leaf: jnp.stack([leaf, leaf[..., ::-1] if leaf.shape[-1:] != (1,) else leaf]),
+            program.x,
+        )
         dense = jax.vmap(lambda x: x.materialize())(stacked)
 
         def one(x: Any) -> Any:
@@ -152,7 +157,9 @@ def test_grad(law: Law, format: str) -> None:
             x = jtu.tree_unflatten(treedef, filled[: len(leaves)])
             out = jtu.tree_leaves(eqq.materialize(evaluate(x, *filled[len(leaves) :])))
             return sum(
-                jnp.sum(jnp.where(jnp.isfinite(y), y, 0) * jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+                jnp.sum(
+                    jnp.where(jnp.isfinite(y), y, 0) * jnp.cos(jnp.arange(y.size)).reshape(y.shape)
+                )
                 for y in out
                 if jnp.issubdtype(y.dtype, jnp.floating)
             ) + 0.0 * sum(jnp.sum(v) for v in moved)
@@ -170,7 +177,13 @@ def test_grad(law: Law, format: str) -> None:
         want = jax.jit(jax.grad(partial(loss, reference), every))(*arguments)
         dense = program.x.materialize()
         # Every partial derivative is a sum of at most `terms` products of these.
-        size = max(float(jnp.max(jnp.abs(v.astype(jnp.float32)))) for v in (dense, *leaves, *program.others)) + 1
+        size = (
+            max(
+                float(jnp.max(jnp.abs(v.astype(jnp.float32))))
+                for v in (dense, *leaves, *program.others)
+            )
+            + 1
+        )
         for g, w in zip(got, want, strict=True):
             largest = max(float(jnp.max(jnp.abs(w))), size)
             bound = (4 * dense.size + 8) * float(jnp.finfo(jnp.float32).eps) * largest * size
@@ -187,7 +200,12 @@ def test_grad(law: Law, format: str) -> None:
 @pytest.mark.parametrize("name", sorted(DENSE_PROGRAMS))
 def test_dense_answer(name: str, format: str) -> None:
     """Primitives without a packed form give the dense answer, and say that they made it dense."""
-    if name in _compat.primitive_names() or name in ("log2", "while_scalar", "linear_call", "cholesky"):
+    if name in _compat.primitive_names() or name in (
+        "log2",
+        "while_scalar",
+        "linear_call",
+        "cholesky",
+    ):
 
         @hypothesis.given(st.data())
         @examples(0.3)

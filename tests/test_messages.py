@@ -34,7 +34,8 @@ def sentences():
     """What each call says; one process for all, since each start takes seconds."""
     setup, rest = PROGRAM.split("try:")
     program = setup + "".join(
-        f"try:{rest.format(call=call, error=error)}print('----')\n" for call, (error, _) in CASES.items()
+        f"try:{rest.format(call=call, error=error)}print('----')\n"
+        for call, (error, _) in CASES.items()
     )
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True

@@ -145,7 +145,12 @@ def test_plan_says_the_same_and_allocates_nothing(model):
     how = {"*.layers.*": partial(INT8, block_size=4), "*": INT8}
     planned, done = eqq.plan(model, how), eqq.report(model, eqq.quantize(model, how))
     for a, b in zip(planned.rows, done.rows, strict=True):
-        assert (a.path, a.format, a.nbytes, a.dense_nbytes) == (b.path, b.format, b.nbytes, b.dense_nbytes)
+        assert (a.path, a.format, a.nbytes, a.dense_nbytes) == (
+            b.path,
+            b.format,
+            b.nbytes,
+            b.dense_nbytes,
+        )
         assert a.sqnr_db is None
     huge = eqx.filter_eval_shape(eqx.nn.Linear, 10**6, 10**6, key=jax.random.key(0))
     assert eqq.plan(huge, INT8).rows[0].nbytes == 10**12 + 4 * 10**6

@@ -18,7 +18,6 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 import eqquant as eqq
 

@@ -37,6 +37,7 @@ from tokenizers import Tokenizer
 
 import eqquant as eqq
 
+
 # ---------------------------------------------------------------------------- the model
 
 

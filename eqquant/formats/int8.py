@@ -1,6 +1,5 @@
 """8-bit integers with one float scale for a row, a channel or a block."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar

@@ -3,10 +3,11 @@
 Nothing outside this package imports Pallas, and importing it loads none.
 """
 
-from .convolution import convolve as convolve
-from .convolution import quantized_convolution_p as quantized_convolution_p
-from .dot_general import quantized_dot_general as quantized_dot_general
-from .dot_general import quantized_dot_general_p as quantized_dot_general_p
+from .convolution import convolve as convolve, quantized_convolution_p as quantized_convolution_p
+from .dot_general import (
+    quantized_dot_general as quantized_dot_general,
+    quantized_dot_general_p as quantized_dot_general_p,
+)
 
 
 __all__ = [

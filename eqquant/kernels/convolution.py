@@ -249,7 +249,10 @@ def _batch(
 
         return jax.vmap(jax.checkpoint(one), in_axes=tuple(dims))(*operands), 0
     # Examples are independent: the new axis is a part of the batch.
-    axis, out_axis = params["dimension_numbers"].lhs_spec[0], params["dimension_numbers"].out_spec[0]
+    axis, out_axis = (
+        params["dimension_numbers"].lhs_spec[0],
+        params["dimension_numbers"].out_spec[0],
+    )
     size = x.shape[dim]
     x = jnp.moveaxis(x, dim, axis)
     x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])

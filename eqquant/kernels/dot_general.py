@@ -167,9 +167,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
                 filled[i] = value
             return _with(tiled)(x, *filled, **params)
 
-        _, y_dot = jax.jvp(
-            of_moving, [leaves[i] for i in moving], [leaves_dot[i] for i in moving]
-        )
+        _, y_dot = jax.jvp(of_moving, [leaves[i] for i in moving], [leaves_dot[i] for i in moving])
         terms.append(y_dot)
     if not terms:
         return y, ad.Zero.from_primal_value(y)  # pyright: ignore[reportAttributeAccessIssue]

@@ -73,9 +73,7 @@ def dot_general_view_array(
     primitive: Any, w: TransposedView, x: Array, *, dimension_numbers: Any, **params: Any
 ) -> Any:
     (wc, xc), (wb, xb) = dimension_numbers
-    y = dot_general_array_view(
-        primitive, x, w, dimension_numbers=((xc, wc), (xb, wb)), **params
-    )
+    y = dot_general_array_view(primitive, x, w, dimension_numbers=((xc, wc), (xb, wb)), **params)
     if y is NotImplemented:
         return NotImplemented
     batch, x_free = len(xb), x.ndim - len(xb) - len(xc)
@@ -85,9 +83,7 @@ def dot_general_view_array(
 
 @register(lax.dot_general_p)
 @transparent
-def dot_general_both(
-    primitive: Any, x: QuantizedArray, y: QuantizedArray, **params: Any
-) -> Any:
+def dot_general_both(primitive: Any, x: QuantizedArray, y: QuantizedArray, **params: Any) -> Any:
     """Of two quantized operands, the smaller plays the activation."""
     smaller, x_is_smaller = (x, True) if dense_nbytes(x) <= dense_nbytes(y) else (y, False)
     report_materialized(primitive.name, [smaller])

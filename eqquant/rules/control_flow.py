@@ -328,7 +328,9 @@ def custom_jvp_call_any(primitive: Any, *operands: QuantizedArray | Array, **par
         ]
         jaxpr, jvp_consts, out_zeros = _compat.custom_jvp_parts(params, zeros)
         moving = [
-            _tangent_of(x, t) for x, t, zero in zip(primals, tangents, zeros, strict=True) if not zero
+            _tangent_of(x, t)
+            for x, t, zero in zip(primals, tangents, zeros, strict=True)
+            if not zero
         ]
         out = _dense_outputs(primitive, evaluate(jaxpr, [*jvp_consts, *primals, *moving]))
         results, nonzero = out[: len(out_zeros)], iter(out[len(out_zeros) :])
@@ -390,7 +392,9 @@ def custom_vmap_call_any(primitive: Any, *operands: QuantizedArray | Array, **pa
         flags = [any(jtu.tree_leaves(flag)) for flag in in_batched]
         stacked = [
             jtu.tree_map(
-                lambda leaf, each: leaf if each else jnp.broadcast_to(leaf, (axis_size, *leaf.shape)),
+                lambda leaf, each: (
+                    leaf if each else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+                ),
                 x,
                 each,
             )
@@ -426,9 +430,7 @@ def shard_map_any(primitive: Any, *operands: QuantizedArray | Array, **params: A
             for name, leaf in x.leaves().items()
         }
         names = [jtu.keystr(path, simple=True) for path, _ in jtu.tree_leaves_with_path(x)]
-        return jtu.tree_unflatten(
-            jtu.tree_structure(x), [leaves[name].array for name in names]
-        )
+        return jtu.tree_unflatten(jtu.tree_structure(x), [leaves[name].array for name in names])
 
     def body(*args: Any) -> list[Any]:
         return _dense_outputs(primitive, evaluate(params["jaxpr"], args))

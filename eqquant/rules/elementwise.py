@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from .. import _compat
-from .._array import AbstractScaledArray, QuantizedArray, cast
+from .._array import AbstractScaledArray, cast, QuantizedArray
 from .._dispatch import as_dense, register, report_materialized, transparent
 
 

@@ -19,7 +19,7 @@ from jax import Array, lax
 from .. import _tiles
 from .._array import AbstractScaledArray, QuantizedArray
 from .._dispatch import densify, register, transparent
-from .._tiles import EACH, Leaf, Tile, Unaligned, constant_tile
+from .._tiles import constant_tile, EACH, Leaf, Tile, Unaligned
 from .structural import leafwise
 
 

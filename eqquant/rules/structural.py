@@ -12,10 +12,10 @@
 | `pad`                           | with zeros, where a code of 0 means 0                         |
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -163,7 +163,7 @@ def rev_scaled(primitive: Any, x: AbstractScaledArray, *, dimensions: Any, **par
 def _pieces(x: AbstractScaledArray, axis: int, sizes: Sequence[int]) -> Any:
     bounds = np.cumsum([0, *sizes])
     pieces = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         starts, stops = [0] * x.ndim, list(x.shape)
         starts[axis], stops[axis] = int(start), int(stop)
         pieces.append(_slice(x, starts, stops, [1] * x.ndim))

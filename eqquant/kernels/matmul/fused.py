@@ -36,7 +36,9 @@ def fused(
         factors = spread(scale, w.shape, (*axes.w_batch, *axes.w_contract)).astype(accumulate)
         factors = lax.squeeze(factors, free)
         kept = [axis for axis in range(w.ndim) if axis not in free]
-        target = dict(zip(axes.w_batch + axes.w_contract, axes.x_batch + axes.x_contract, strict=True))
+        target = dict(
+            zip(axes.w_batch + axes.w_contract, axes.x_batch + axes.x_contract, strict=True)
+        )
         order = sorted(range(len(kept)), key=lambda i: target[kept[i]])
         factors = lax.transpose(factors, order)
         x = x.astype(accumulate)
