@@ -330,6 +330,15 @@ def test_shardings_of_an_inner_jit(mesh, w):
         assert specs(q) == ((None, "b"), (None, "b"))
 
 
+@pytest.mark.xfail(strict=True, reason="the function sees the sharding of the scale")
+def test_the_function_sees_how_the_array_is_sharded(w):
+    mesh = jax.make_mesh((2, 4), ("a", "b"))  # explicit: the sharding is a part of the type
+    q = eqq.Array8B.quantize(w).with_sharding(NamedSharding(mesh, P("a", "b")))
+    seen = []
+    eqq.implicit(lambda w: seen.append(jax.typeof(w).sharding.spec))(q)
+    assert seen == [P("a", "b")]
+
+
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_constraints_inside_implicit(mesh, w, transform):
     q = eqq.Array8B.quantize(w).with_sharding(NamedSharding(mesh, P("a", None)))

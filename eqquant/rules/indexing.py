@@ -77,14 +77,14 @@ def _gather(
             if axis in numbers.start_index_map:
                 column = numbers.start_index_map.index(axis)
                 columns[column] = jnp.zeros_like(columns[column])
+        elif slice_sizes[axis] == length:
+            sizes[axis] = stored  # the start is clamped to 0
         elif axis in numbers.start_index_map and tile.size > 1:
             if leaf.ordered or slice_sizes[axis] != 1:
                 raise Unaligned
             column = numbers.start_index_map.index(axis)
             columns[column] = jnp.clip(columns[column], 0, length - 1) // tile.size
             tiles[axis] = EACH
-        elif slice_sizes[axis] == length:
-            sizes[axis] = stored
         elif tile.size > 1:
             raise Unaligned
     moved = jnp.stack(columns, axis=-1) if columns else indices

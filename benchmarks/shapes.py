@@ -1,0 +1,31 @@
+"""The workloads that benchmarks, tuning and measurements in the documentation speak of, by name."""
+
+from typing import NamedTuple
+
+
+class Linear(NamedTuple):
+    """A weight `[outputs, inputs]`, as `eqx.nn.Linear` holds it."""
+
+    name: str
+    outputs: int
+    inputs: int
+
+    @property
+    def elements(self) -> int:
+        return self.outputs * self.inputs
+
+
+LINEAR = [
+    Linear("MiniLM attention", 384, 384),
+    Linear("MiniLM up", 1536, 384),
+    Linear("MiniLM down", 384, 1536),
+    Linear("BERT up", 3072, 768),
+    Linear("BERT down", 768, 3072),
+    Linear("1024 square", 1024, 1024),
+    Linear("2048 square", 2048, 2048),
+    Linear("4096 square", 4096, 4096),
+    Linear("Llama up", 11008, 4096),
+]
+
+ROWS = (1, 4, 16, 64, 512)
+"""How many vectors meet the weight at once: decoding one sequence, a few, …, reading a prompt."""
