@@ -6,6 +6,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
@@ -61,7 +62,7 @@ class Implicit(eqx.Module, Generic[P, R]):
 
         arrays = [leaves[i] for i in traced]
         jaxpr = jax.make_jaxpr(on_logical_arrays)(*map(_logical, arrays))
-        results = iter(evaluate(jaxpr, arrays))
+        results = map(_as_array, evaluate(jaxpr, arrays))
         out_treedef, out_leaves = results_like
         return jtu.tree_unflatten(
             out_treedef, [next(results) if leaf is None else leaf for leaf in out_leaves]
@@ -142,6 +143,12 @@ def _is_var(atom: Any) -> bool:
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic, ImplicitArray))
+
+
+def _as_array(x: Any) -> Any:
+    """A result: constants of a trace are not yet arrays."""
+    given = is_implicit(x) or isinstance(x, jax.Array) or x.dtype == jax.dtypes.float0
+    return x if given else jnp.asarray(x)
 
 
 def _logical(x: Any) -> Any:

@@ -32,7 +32,8 @@ def quantize(tree: Tree, how: How) -> Tree:
         more, not counting axes of length 1) of the tree; or a mapping from patterns to formats. A pattern is matched, with
         `*`, `?` and `[...]` as in file names, against the path of a matrix, such as
         `layers.0.attention.query_proj.weight` (a leading `*.` also matches at the root). The first pattern
-        that matches wins; the format None leaves a matrix dense, and so does no match.
+        that matches wins; the format None leaves a matrix dense, and so does no match. A path
+        written out in full names any floating-point array, vectors included.
 
     **Returns:** a tree of the same structure. Vectors, integers, functions and whatever is
     quantized already stay as they are; arrays that occur twice (tied weights) are quantized once.
@@ -107,12 +108,11 @@ def _is_array(x: Any) -> bool:
 def _is_matrix(x: Any) -> bool:
     """Whether `x` has floating-point numbers along two axes: the bias of a convolution, of shape
     (out, 1, 1), is a vector."""
-    return (
-        _is_array(x)
-        and jnp.issubdtype(x.dtype, jnp.floating)
-        and len(x.shape) >= 2
-        and sum(n != 1 for n in x.shape) >= 2
-    )
+    return _is_float_array(x) and sum(n != 1 for n in x.shape) >= 2
+
+
+def _is_float_array(x: Any) -> bool:
+    return _is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _formats_by_path(tree: Any, how: How) -> dict[str, Format]:
@@ -142,7 +142,8 @@ def _formats_by_path(tree: Any, how: How) -> dict[str, Format]:
                 f"The format for {pattern!r} must be a function such as eqquant.Array8B.quantize, "
                 f"or None; it is {format!r}."
             )
-        matches = [name for name in matrices if _matches(pattern, name)]
+        matches = [name for name, leaf in leaves if name == pattern and _is_float_array(leaf)]
+        matches = matches or [name for name in matrices if _matches(pattern, name)]
         if not matches and every_pattern_must_match:
             raise ValueError(_no_match(pattern, matrices, leaves))
         for name in matches:
@@ -158,7 +159,7 @@ def _no_match(pattern: str, matrices: list[str], leaves: list[tuple[str, Any]]) 
     message = f"The pattern {pattern!r} matches no floating-point matrix of the tree."
     others = [name for name, leaf in leaves if _matches(pattern, name) and _is_array(leaf)]
     if others:
-        return f"{message} It matches {others[0]!r}, which is not one (quantize it by itself)."
+        return f"{message} It matches {others[0]!r}, which is not one; write its path in full to quantize it."
     if not matrices:
         return f"{message} The tree has none."
     near = difflib.get_close_matches(pattern.strip("*."), matrices, n=3, cutoff=0.0)

@@ -21,9 +21,14 @@ _COMMON = dict(
     suppress_health_check=list(hypothesis.HealthCheck),
     print_blob=True,
 )
-hypothesis.settings.register_profile("dev", max_examples=10, **_COMMON)
+hypothesis.settings.register_profile("dev", max_examples=6, **_COMMON)
 hypothesis.settings.register_profile(
-    "ci", max_examples=12, derandomize=True, database=None, **_COMMON
+    "ci",
+    max_examples=6,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # shrinking takes minutes
+    **_COMMON,
 )
 hypothesis.settings.register_profile("nightly", max_examples=500, **_COMMON)
 hypothesis.settings.load_profile(

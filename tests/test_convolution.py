@@ -111,7 +111,7 @@ def convolutions(
 @pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
 def test_convolution(format, grouped):
     @hypothesis.given(st.data())
-    @examples(1.0 if not grouped else 0.5)
+    @examples(0.7 if not grouped else 0.4)
     def holds(data: st.DataObject) -> None:
         c = data.draw(convolutions(format, grouped, dtypes=tuple(DTYPES)))
         x64 = c.x.astype(jnp.float32)

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "_tiles": "",
     "_table": "",
     "_sharding": "_tiles",
-    "_dispatch": "_compat",
+    "_dispatch": "_compat _table",
     "_ste": "_dispatch",
     "_implicit": "_compat _dispatch",
     "_array": "_dispatch _implicit _sharding _tiles",

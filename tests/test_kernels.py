@@ -139,7 +139,7 @@ def products(
 @pytest.mark.parametrize("implementation", [reference, fused, tiled], ids=lambda f: f.__name__)
 def test_every_implementation_is_the_product(implementation, format):
     @hypothesis.given(st.data())
-    @examples(1.5)
+    @examples(1.0)
     def holds(data: st.DataObject) -> None:
         product = data.draw(products(format))
         axes = Axes.of(product.numbers)
@@ -152,7 +152,7 @@ def test_every_implementation_is_the_product(implementation, format):
 @each_format
 def test_quantized_dot_general_is_lax_dot_general(format):
     @hypothesis.given(st.data())
-    @examples(1.5)
+    @examples(1.0)
     def holds(data: st.DataObject) -> None:
         product = data.draw(products(format))
         options = {

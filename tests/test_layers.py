@@ -87,8 +87,12 @@ ELEMENTWISE = frozenset({"mul"})
 # One row or more for each class; a name may go on after a hyphen.
 LAYERS = {
     "Linear": Layer(lambda k: nn.Linear(6, 4, key=k), ((6,),), operators=True),
-    "Linear-from scalar": Layer(lambda k: nn.Linear("scalar", 4, key=k), ((),), operators=True),
-    "Linear-to scalar": Layer(lambda k: nn.Linear(6, "scalar", key=k), ((6,),), operators=True),
+    "Linear-from scalar": Layer(
+        lambda k: nn.Linear("scalar", 4, key=k), ((),), pattern="weight", operators=True
+    ),
+    "Linear-to scalar": Layer(
+        lambda k: nn.Linear(6, "scalar", key=k), ((6,),), pattern="weight", operators=True
+    ),
     "MLP": Layer(lambda k: nn.MLP(6, 4, 5, 2, jax.nn.silu, key=k), ((6,),), operators=True),
     "Conv": Layer(lambda k: nn.Conv(1, 2, 4, 3, key=k), ((2, 6),)),
     "Conv1d": Layer(lambda k: nn.Conv1d(4, 6, 3, groups=2, key=k), ((4, 6),)),

@@ -67,6 +67,11 @@ def test_first_pattern_wins_and_none_stays_dense(model):
     assert q.embedding.weight.axis == (-1,)
 
 
+def test_a_path_in_full_is_taken_at_its_word(model):
+    q = eqq.quantize(model, {"layers.0.bias": INT8})
+    assert isinstance(q.layers[0].bias, eqq.Array8B) and isinstance(q.unembed, jax.Array)
+
+
 def test_patterns_leave_the_rest_dense(model):
     kinds = formats(eqq.quantize(model, {"*.layers.*": INT8}))
     assert kinds["layers.1.weight"] == "Array8B" and kinds["embedding.weight"] == "ArrayImpl"

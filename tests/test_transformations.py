@@ -18,6 +18,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec as P
 
 import eqquant as eqq
 
@@ -36,6 +37,8 @@ class Program:
     """The derivatives that JAX has of it."""
     dense_batched: bool = False
     """Whether it makes an operand dense when `x` is batched."""
+    constant: bool = False
+    """Whether no derivative with respect to the weights is passed on."""
 
 
 PROGRAMS: dict[str, Program] = {}
@@ -237,23 +240,32 @@ def fori_of_a_stack_and_traced_length(w, ws, x):
     return lax.fori_loop(0, length, lambda i, x: layer(ws[i], x), x)
 
 
+def repeat(times: Any, step: Callable[..., Any], *carry: Any) -> tuple[Any, ...]:
+    """`step` applied `times` times; a `while` loop, since `times` is not known when tracing."""
+    counted = lambda c: (c[0] + 1, *step(*c[1:]))  # noqa: E731
+    return lax.while_loop(lambda c: c[0] < times, counted, (0, *carry))[1:]
+
+
 @program(modes="forward")
 def while_for_each_of_a_batch(w, ws, x):
-    def loop(w, x):
-        step = lambda c: (c[0], -c[1], w @ c[2] + c[1] @ x)  # noqa: E731
-        return lax.while_loop(lambda c: jnp.abs(c[2]).sum() > 0.1, step, (w, w, x))
+    step = lambda v, w, x: (w, -v, layer(v, x))  # noqa: E731
+    loop = lambda n, w, x: repeat(n + (x[0] > 0), step, w, 2 * w, x)  # noqa: E731
+    v, w, x = jax.vmap(loop, (0, 0, None))(jnp.arange(LAYERS), ws, x)
+    return jnp.einsum("loi,li->o", v, x) + w[1] @ x[1]
 
-    _, w, x = jax.vmap(loop)(ws, jnp.outer(jnp.arange(LAYERS), x))
+
+@program(modes="forward")
+def while_for_each_with_one_carry(w, ws, x):
+    step = lambda w, x: (-w, layer(w, x))  # noqa: E731
+    loop = lambda n, x: repeat(n + (x[0] > 0), step, w, x)  # noqa: E731
+    w, x = jax.vmap(loop, (0, None))(jnp.arange(LAYERS), x)
     return jnp.einsum("loi,li->o", w, x)
 
 
-@program(modes="forward")
-def while_for_each_with_a_shared_carry(w, ws, x):
-    def loop(x):
-        step = lambda c: (-c[0], layer(*c))  # noqa: E731
-        return lax.while_loop(lambda c: jnp.abs(c[1]).sum() > 0.1, step, (w, x))
-
-    w, x = jax.vmap(loop)(jnp.outer(jnp.arange(LAYERS), x))
+@program("while", modes="forward")
+def while_for_each_of_other_structure(w, ws, x):
+    step = lambda w, x: (w.T, layer(w, x))  # noqa: E731
+    w, x = jax.vmap(lambda n: repeat(n, step, w, x))(jnp.arange(LAYERS))
     return jnp.einsum("loi,li->o", w, x)
 
 
@@ -401,7 +413,7 @@ def scan_custom_vjp(w, ws, x):
     return lax.scan(lambda x, w: (custom_vjp_weight_as_residual(w, ws, x), None), x, ws)[0]
 
 
-@program("custom_jvp_call", modes="reverse")  # which marks `w` as constant
+@program("custom_jvp_call", modes="reverse", constant=True)  # which marks `w` as constant
 def filter_custom_vjp(w, ws, x):
     call = eqx.filter_custom_vjp(lambda x, w: layer(w, x))
     call.def_fwd(lambda perturbed, x, w: (layer(w, x), None))
@@ -432,7 +444,7 @@ def ste(w, ws, x):
     return w @ eqq.ste(eqq.Array8B.quantize)(jnp.stack([x, x]).T)
 
 
-@program()
+@program(constant=True)
 def stop_gradient(w, ws, x):
     return lax.stop_gradient(w) @ x
 
@@ -441,6 +453,55 @@ def stop_gradient(w, ws, x):
 def linearize(w, ws, x):
     y, forward = jax.linearize(lambda x: layer(w, x), x)
     return y + forward(x)
+
+
+# -------------------------------------------------------------------------------------- shard_map
+
+MESH = jax.make_mesh((SIZE,), ("d",), (AxisType.Auto,), devices=jax.devices()[:SIZE])
+
+
+def shard(f: Callable[..., Any], in_specs: Any, out_specs: Any, **options: Any) -> Any:
+    return jax.shard_map(f, mesh=MESH, in_specs=in_specs, out_specs=out_specs, **options)
+
+
+@program()
+def shard_map_replicated(w, ws, x):
+    each = shard(lambda w, xs: xs @ w.T, (P(), P("d")), P("d"))
+    return each(w, jnp.outer(x, x))
+
+
+@program()
+def shard_map_rows(w, ws, x):
+    return shard(layer, (P("d"), P()), P("d"), check_vma=False)(w, x)
+
+
+@program()
+def shard_map_columns(w, ws, x):
+    return shard(lambda w, x: lax.psum(w @ x, "d"), (P(None, "d"), P("d")), P())(w, x)
+
+
+@program()
+def shard_map_closed_over(w, ws, x):
+    return shard(lambda x: x + (w @ lax.all_gather(x, "d", tiled=True)).sum(), P("d"), P("d"))(x)
+
+
+@program()
+def shard_map_scan_checkpoint(w, ws, x):
+    def local(ws, xs):
+        return lax.scan(lambda x, w: (jax.checkpoint(layer)(w, x), None), xs[0], ws)[0][None]
+
+    return shard(local, (P(), P("d")), P("d"))(ws, jnp.outer(x, x))
+
+
+@program()
+def scan_shard_map(w, ws, x):
+    step = shard(lambda w, x: jnp.tanh(w @ x), (P("d"), P()), P("d"))
+    return lax.scan(lambda x, w: (step(w, x), None), x, ws)[0]
+
+
+@program("shard_map")
+def shard_map_result(w, ws, x):
+    return shard(lambda w: -w, P("d"), P("d"))(w) @ x
 
 
 # ------------------------------------------------------------------------------------------ tests
@@ -468,17 +529,17 @@ X = _values(2, SIZE)
 X3 = jnp.outer(jnp.arange(3) - 1, X)
 
 
-def assert_agree(found: Any, expected: Any) -> None:
-    """Equal up to the rounding of at most `2 * LAYERS` products of `SIZE` terms, in which the
-    codes, up to 127, are the largest numbers."""
-    jtu.tree_map(_assert_close, found, expected)
+def assert_agree(found: Any, expected: Any, largest: int = 1) -> None:
+    """Equal up to the rounding of at most `2 * LAYERS` products of `SIZE` terms, whose factors
+    are at most `largest`: a code, in a derivative with respect to a scale."""
 
+    def agree(x: Any, y: Any) -> None:
+        assert (x.shape, x.dtype, x.weak_type) == (y.shape, y.dtype, y.weak_type)
+        magnitude = largest * max(1, float(jnp.abs(y).max()))
+        atol = float(jnp.finfo(x.dtype).eps) * 2 * LAYERS * SIZE * magnitude
+        np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=0, atol=atol)
 
-def _assert_close(x: Any, y: Any) -> None:
-    assert (x.shape, x.dtype) == (y.shape, y.dtype)
-    eps = float(jnp.finfo(jnp.float32).eps)
-    atol = eps * 2 * LAYERS * SIZE * 127 * max(1, float(jnp.abs(y).max()))
-    np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=0, atol=atol)
+    jtu.tree_map(agree, found, expected)
 
 
 def loss(y: Any) -> jax.Array:
@@ -504,28 +565,31 @@ def derived(run: Callable[..., Any], modes: str) -> dict[str, Callable[..., Any]
     return found
 
 
-def of_scales(run: Callable[..., Any], modes: str) -> dict[str, Callable[..., Any]]:
-    """The derivatives of `run(w, ws, x)` with respect to the scales of `w` and `ws`."""
+def of_weights(run: Callable[..., Any], modes: str) -> dict[str, Callable[..., Any]]:
+    """The derivatives of `run(w, ws, x)` with respect to all that is inexact in `w` and `ws`:
+    the scales, if they are quantized."""
 
-    def split(*weights: Any) -> Any:
-        return eqx.partition(weights, eqx.is_inexact_array)
+    def split(w: Any, ws: Any, x: jax.Array) -> Any:
+        inexact, others = eqx.partition((w, ws), eqx.is_inexact_array)
+        return inexact, lambda inexact: run(*eqx.combine(inexact, others), x)
 
     def jvp(*args: Any) -> Any:
-        scales, codes = split(*args[:2])
-        tangents = jtu.tree_map(jnp.cos, scales)
-        return jax.jvp(lambda s: run(*eqx.combine(s, codes), args[2]), (scales,), (tangents,))
+        inexact, run = split(*args)
+        return jax.jvp(run, (inexact,), (jtu.tree_map(jnp.ones_like, inexact),))
 
     def gradient(*args: Any) -> Any:
-        scales, codes = split(*args[:2])
-        return jax.grad(lambda s: loss(run(*eqx.combine(s, codes), args[2])))(scales)
+        inexact, run = split(*args)
+        return jax.grad(lambda inexact: loss(run(inexact)))(inexact)
 
-    modes_ = {"jvp of scales": ("forward", jvp), "gradient of scales": ("reverse", gradient)}
-    return {name: f for name, (mode, f) in modes_.items() if mode in modes}
+    found = {"forward": jvp, "reverse": gradient}
+    return {f"{mode} of weights": f for mode, f in found.items() if mode in modes}
 
 
 def check(program: Program, *weights: Any) -> None:
-    def dense(w: Any, ws: Any, x: jax.Array) -> Any:
-        return program.run(*eqq.materialize((w, ws)), x)
+    """Transformed outside of `implicit`, inside, and on the materialized weights."""
+
+    def dense(f: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda w, ws, x: f(*eqq.materialize((w, ws)), x)
 
     def tolerant(f: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -534,28 +598,43 @@ def check(program: Program, *weights: Any) -> None:
 
         return run
 
-    outside, modes = eqq.implicit(program.run), program.modes
-    inside = {name: eqq.implicit(f) for name, f in derived(program.run, modes).items()}
+    run, modes = program.run, program.modes
+    of_x, of_w = derived(run, modes), of_weights(run, modes)
+    inside = {name: eqq.implicit(f) for name, f in of_x.items()}
     if program.dense_batched:
         inside["batched"] = tolerant(inside["batched"])
-    programs = (
-        derived(outside, modes) | of_scales(outside, modes),
-        inside,
-        derived(dense, modes) | of_scales(dense, modes),
+    programs = {
+        "inside": inside,
+        "outside": derived(eqq.implicit(run), modes),
+        "dense": {name: dense(f) for name, f in of_x.items()},
+        "inside, of weights": {name: eqq.implicit(f) for name, f in of_w.items()},
+        "dense, of weights": {name: dense(f) for name, f in of_w.items()},
+        "outside, of scales": of_weights(eqq.implicit(run), modes),
+        "dense, of scales": of_weights(dense(run), modes),
+    }
+    compare = jax.jit(
+        lambda *args: {key: {k: f(*args) for k, f in fs.items()} for key, fs in programs.items()}
     )
-    compare = jax.jit(lambda *args: [{k: f(*args) for k, f in each.items()} for each in programs])
     with eqq.on_materialize("ignore") if program.dense else eqq.strict():
-        found_outside, found_inside, expected = compare(*weights, X)
-    assert_agree(found_outside, expected)
-    assert_agree(found_inside, {name: expected[name] for name in found_inside})
+        found = compare(*weights, X)
+    assert_agree(found["inside"], found["dense"])
+    assert_agree(found["outside"], found["dense"])
+    assert_agree(found["inside, of weights"], found["dense, of weights"])
+    assert_agree(found["outside, of scales"], found["dense, of scales"], largest=127)
+    moves = jtu.tree_map(jnp.any, found["outside, of scales"])
+    assert program.constant or all(any(jtu.tree_leaves(each)) for each in moves.values())
+
+
+def audited(program: Program, *weights: Any) -> tuple[str, ...]:
     audit = eqq.audit(program.run, *weights, X)
     assert audit.rows
-    assert tuple(row.primitive for row in audit.densified) == program.dense
+    return tuple(row.primitive for row in audit.densified)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_program(name):
     check(PROGRAMS[name], *quantize())
+    assert audited(PROGRAMS[name], *quantize()) == PROGRAMS[name].dense
 
 
 @pytest.mark.parametrize("how", ["blocks", "one scale for the stack"])
@@ -565,3 +644,12 @@ def test_program(name):
 )
 def test_program_with_other_scales(name, how):
     check(PROGRAMS[name], *quantize(how))
+    assert audited(PROGRAMS[name], *quantize(how)) == PROGRAMS[name].dense
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_without_jit(name):
+    program, weights = PROGRAMS[name], quantize()
+    with eqq.on_materialize("ignore") if program.dense else eqq.strict():
+        found = eqq.implicit(program.run)(*weights, X)
+    assert_agree(found, program.run(*eqq.materialize(weights), X))
