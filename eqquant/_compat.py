@@ -48,6 +48,7 @@ __all__ = [
     "logical_aval",
     "mlir",
     "open_jaxpr",
+    "optimization_barrier",
     "output_aval",
     "primitive_names",
     "scan_counts",
@@ -227,6 +228,19 @@ def custom_jvp_parts(
 def _not_its_own(jaxpr: Any, consts: Sequence[Any]) -> Sequence[Any]:
     """`consts`, unless `jaxpr` holds them itself, as some do from JAX 0.12."""
     return () if len(getattr(jaxpr, "consts", ())) else consts
+
+
+def optimization_barrier(tree: Any) -> Any:
+    """`jax.lax.optimization_barrier`, one for each group of arrays that vary over the same mesh
+    axes: JAX would make all vary over all."""
+    leaves, treedef = jax.tree.flatten(tree)
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault(jax.typeof(leaf).manual_axis_type, []).append(i)
+    for group in groups.values():
+        for i, leaf in zip(group, jax.lax.optimization_barrier([leaves[i] for i in group]), strict=True):
+            leaves[i] = leaf
+    return jax.tree.unflatten(treedef, leaves)
 
 
 class CustomVJPForward(NamedTuple):

@@ -289,7 +289,7 @@ def cond_result(w, ws, x):
 
 @program("cond")
 def cond_result_of_two_structures(w, ws, x):
-    return lax.cond(x[0] < 0, lambda: w, lambda: jnp.ones_like(w)) @ x
+    return lax.cond(x[0] < 9, lambda: w, lambda: jnp.ones_like(w)) @ x
 
 
 @program(dense_batched=True)
@@ -499,9 +499,10 @@ def scan_shard_map(w, ws, x):
     return lax.scan(lambda x, w: (step(w, x), None), x, ws)[0]
 
 
-@program("shard_map")
+@program()
 def shard_map_result(w, ws, x):
-    return shard(lambda w: -w, P("d"), P("d"))(w) @ x
+    turned = shard(lambda w: (w.T, -w), (P("d"),), (P(None, "d"), P("d")))(w)
+    return turned[0] @ x + turned[1] @ x
 
 
 # ------------------------------------------------------------------------------------------ tests

@@ -8,7 +8,8 @@ emitted again through the public API of JAX, with quantized arrays as the pytree
 | `cond`                           | an output whose packed structure differs between branches      |
 | `custom_jvp_call`                | outputs, and tangents of the weight                            |
 | `custom_vjp_call`                | outputs, and cotangents of the weight                          |
-| `custom_vmap_call`, `shard_map`  | outputs                                                        |
+| `custom_vmap_call`               | outputs                                                        |
+| `shard_map`                      | an output that is split along its packed axis                  |
 """
 
 import functools
@@ -113,7 +114,7 @@ def checkpoint_any(primitive: Any, *operands: QuantizedArray | Array, **params: 
 
     if params["differentiated"] and params["prevent_cse"]:
         # This is a backward pass: XLA must not merge its recomputation with the forward pass.
-        operands = lax.optimization_barrier(operands)
+        operands = _compat.optimization_barrier(operands)
     return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])(
         *operands
     )
@@ -155,15 +156,15 @@ def scan_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -
 
 
 def _sliceable(primitive: Any, x: Any, axes: Sequence[int] = (0,)) -> Any:
-    """`x` with every leaf as long as its first `axes`, to be sliced along them as a pytree."""
+    """`x` with every leaf as long as `x` is along `axes`, to be cut or joined there as a pytree."""
     if not isinstance(x, AbstractScaledArray):
-        return _make_dense(primitive, x, "scanned over")
+        return _make_dense(primitive, x, "cut")
     moved: dict[str, Leaf] = {}
     for name, leaf in x.leaves().items():
         for axis in axes:
             if leaf.array.shape[axis] != x.shape[axis]:
                 if leaf.ordered:
-                    return _make_dense(primitive, x, "scanned over its packed axis")
+                    return _make_dense(primitive, x, "cut along its packed axis")
                 leaf = leaf.with_axis(axis, spread(leaf, x.shape, [axis]), EACH)
         moved[name] = leaf
     return x.with_leaves(moved)
@@ -433,7 +434,11 @@ def shard_map_any(primitive: Any, *operands: QuantizedArray | Array, **params: A
         return jtu.tree_unflatten(jtu.tree_structure(x), [leaves[name].array for name in names])
 
     def body(*args: Any) -> list[Any]:
-        return _dense_outputs(primitive, evaluate(params["jaxpr"], args))
+        # One spec serves all leaves of an output where all are as long as it along split axes.
+        return [
+            _sliceable(primitive, x, [i for i, names in enumerate(spec) if names is not None])
+            for x, spec in zip(evaluate(params["jaxpr"], args), params["out_specs"], strict=True)
+        ]
 
     mapped = jax.shard_map(
         body,
