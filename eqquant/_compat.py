@@ -238,7 +238,8 @@ def optimization_barrier(tree: Any) -> Any:
     for i, leaf in enumerate(leaves):
         groups.setdefault(jax.typeof(leaf).manual_axis_type, []).append(i)
     for group in groups.values():
-        for i, leaf in zip(group, jax.lax.optimization_barrier([leaves[i] for i in group]), strict=True):
+        barred = jax.lax.optimization_barrier([leaves[i] for i in group])
+        for i, leaf in zip(group, barred, strict=True):
             leaves[i] = leaf
     return jax.tree.unflatten(treedef, leaves)
 

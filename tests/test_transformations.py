@@ -12,6 +12,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.extend
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -537,7 +538,8 @@ def assert_agree(found: Any, expected: Any, largest: int = 1) -> None:
     def agree(x: Any, y: Any) -> None:
         assert (x.shape, x.dtype, x.weak_type) == (y.shape, y.dtype, y.weak_type)
         magnitude = largest * max(1, float(jnp.abs(y).max()))
-        atol = float(jnp.finfo(x.dtype).eps) * 2 * LAYERS * SIZE * magnitude
+        eps = float(jnp.finfo(x.dtype).eps) if eqx.is_inexact_array(x) else 0
+        atol = eps * 2 * LAYERS * SIZE * magnitude
         np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=0, atol=atol)
 
     jtu.tree_map(agree, found, expected)
@@ -654,3 +656,118 @@ def test_program_without_jit(name):
     with eqq.on_materialize("ignore") if program.dense else eqq.strict():
         found = eqq.implicit(program.run)(*weights, X)
     assert_agree(found, program.run(*eqq.materialize(weights), X))
+
+
+def test_residuals_are_packed():
+    """What the forward pass keeps for the backward pass holds no dense weight."""
+    w, ws = quantize()
+    for name in ("scan_xs", "scan_checkpoint", "custom_vjp_weight_as_residual", "switch"):
+        run = eqq.implicit(PROGRAMS[name].run)
+        _, pull_back = jax.vjp(lambda x: run(w, ws, x), X)  # noqa: B023
+        residuals = jtu.tree_leaves(pull_back)
+        assert any(leaf.dtype == jnp.int8 for leaf in residuals)
+        assert not any(
+            leaf.shape in (w.shape, ws.shape) and leaf.dtype == w.dtype for leaf in residuals
+        )
+
+
+def test_the_name_of_an_inner_jit_is_kept():
+    assert "name=layer" in str(jax.make_jaxpr(eqq.implicit(jit_argument))(*quantize(), X))
+
+
+def test_only_the_branch_of_this_platform_is_lowered():
+    only_on_tpu = jax.extend.core.Primitive("only_on_tpu")
+    only_on_tpu.def_abstract_eval(lambda x: x)
+
+    def run(w: Any, x: jax.Array) -> jax.Array:
+        return lax.platform_dependent(w, x, tpu=lambda w, x: only_on_tpu.bind(w @ x), default=layer)
+
+    w, _ = quantize()
+    with eqq.strict():
+        found = jax.jit(eqq.implicit(run))(w, X)
+    assert_agree(found, layer(w.materialize(), X))
+
+
+@pytest.mark.parametrize("kind", [jax.custom_jvp, jax.custom_vjp])
+def test_weights_closed_over_by_custom_derivatives(kind):
+    """Such functions have no derivative with respect to what they close over: an error, no zero."""
+
+    def run(w: Any, x: jax.Array) -> jax.Array:
+        call = kind(lambda x: w @ x)
+        if kind is jax.custom_jvp:
+            call.defjvp(lambda primals, tangents: (w @ primals[0], 2 * (w @ tangents[0])))
+        else:
+            call.defvjp(lambda x: (w @ x, None), lambda saved, ct: (2 * (ct @ w),))
+        return call(x).sum()
+
+    w, _ = quantize()
+    assert_agree(eqq.implicit(run)(w, X), run(w.materialize(), X))
+    inside = eqq.implicit(jax.grad(run, 1))
+    assert_agree(inside(w, X), 2 * w.materialize().sum(0))
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        eqx.filter_grad(eqq.implicit(run))(w, X)
+
+
+# --------------------------------------------------------------------------------------- implicit
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, eqx.filter_jit], ids=["eager", "filter_jit"])
+def test_results_of_implicit(transform):
+    w, _ = quantize()
+
+    def run(w: Any, *, name: str, times: int) -> dict[str, Any]:
+        assert type(times) is int
+        dense = {"product": w @ X * times, "constant": jnp.arange(3), "weak": jnp.asarray(2.0)}
+        return dense | {
+            "packed": [w.T, -w],
+            "None": None,
+            "name": name,
+            "times": times,
+            "sum": jnp.sum,
+        }
+
+    found = transform(eqq.implicit(run))(w, name="w", times=3)
+    expected = run(w.materialize(), name="w", times=3)
+    assert [type(x) for x in found["packed"]] == [eqq.Array8B, eqq.Array8B]
+    for name in ("None", "name", "times", "sum"):
+        assert found.pop(name) is expected.pop(name)
+    assert all(isinstance(found[name], jax.Array) for name in ("product", "constant", "weak"))
+    assert_agree(eqq.materialize(found), expected)
+
+
+NUMPY = np.float32(2), np.float64(2), np.arange(SIZE), np.ones(SIZE, bool), np.ones(SIZE)
+JAX = jnp.asarray(2), jnp.asarray(2.5), jnp.float16(2), jnp.arange(SIZE), jnp.ones(SIZE, bool)
+
+
+@pytest.mark.parametrize("value", [2, 2.5, True, *NUMPY, *JAX], ids=repr)
+def test_inputs_of_implicit(value):
+    """NumPy, integers, Python numbers and weak types promote as they do under `filter_jit`."""
+    w, _ = quantize()
+
+    def run(w: Any, value: Any) -> Any:
+        return w @ X * value, value * w.astype(jnp.bfloat16).T @ X.astype(jnp.bfloat16), value * 2
+
+    with eqq.on_materialize("ignore"):  # by an array, the second product is elementwise
+        found = eqq.implicit(run)(w, value)
+    expected = eqx.filter_jit(run)(w.materialize(), value)
+    assert type(found[2]) is type(expected[2]) or isinstance(found[2], jax.Array)
+    assert_agree(jtu.tree_map(jnp.asarray, found), jtu.tree_map(jnp.asarray, expected))
+
+
+def test_implicit_over_tracers_of_others():
+    """Closed over in every order: `implicit` in `jit` in `vmap` in `grad`, and nested."""
+    w, ws = quantize()
+
+    def run(w: Any, ws: Any, x: jax.Array, wrap: Any) -> jax.Array:
+        def each(w_: Any, factor: jax.Array) -> jax.Array:
+            inner = jax.jit(lambda x: wrap(lambda y: w @ (w_ @ y) * factor)(x + wrap(layer)(w, x)))
+            return inner(x)
+
+        return jax.vmap(each)(ws, jnp.arange(1.0, LAYERS + 1)).sum()
+
+    with eqq.strict():
+        found = eqx.filter_value_and_grad(lambda weights: run(*weights, X, eqq.implicit))((w, ws))
+    expected = eqx.filter_value_and_grad(
+        lambda weights: run(*eqq.materialize(weights), X, lambda f: f)
+    )((w, ws))
+    assert_agree(found, expected, largest=127)

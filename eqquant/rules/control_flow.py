@@ -3,7 +3,7 @@ emitted again through the public API of JAX, with quantized arrays as the pytree
 
 | primitive                        | what is made dense                                             |
 |----------------------------------|----------------------------------------------------------------|
-| `jit`, `closed_call`, `remat2`   | nothing                                                        |
+| `jit`, `closed_call`, `remat2`, … | nothing                                                       |
 | `scan`, `while`                  | a carry whose packed structure the body changes                |
 | `cond`                           | an output whose packed structure differs between branches      |
 | `custom_jvp_call`                | outputs, and tangents of the weight                            |
@@ -100,10 +100,10 @@ def _constrain(x: Any, sharding: Any) -> Any:
     return lax.with_sharding_constraint(as_dense(x), sharding)
 
 
-@register("closed_call", "core_call", "call", "core_closed_call")
+@register("closed_call", "core_call", "call", "core_closed_call", "eval_jaxpr")
 @transparent
 def call_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
-    return evaluate(params["call_jaxpr"], operands)
+    return evaluate(params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"], operands)
 
 
 @register("remat2", "checkpoint", "remat")
