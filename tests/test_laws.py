@@ -232,7 +232,8 @@ def test_every_primitive_of_lax_has_a_law() -> None:
 def test_every_rule_has_a_law() -> None:
     known = {p for law in LAWS.values() for p in law.primitives} | set(DENSE_PROGRAMS)
     elsewhere = set(NO_QUANTIZED_OPERAND) | {
-        "jit", "pjit", "closed_call", "core_call", "call", "remat2", "checkpoint", "remat",
+        "jit", "pjit", "closed_call",
+        "eval_jaxpr", "core_call", "call", "remat2", "checkpoint", "remat",
         "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "shard_map", "pvary", "pcast",
         "reshard",
     }  # fmt: skip

@@ -3,7 +3,7 @@ emitted again through the public API of JAX, with quantized arrays as the pytree
 
 | primitive                        | what is made dense                                             |
 |----------------------------------|----------------------------------------------------------------|
-| `jit`, `closed_call`, `remat2`, … | nothing                                                       |
+| `jit`, `eval_jaxpr`, `remat2`, … | nothing                                                        |
 | `scan`, `while`                  | a carry whose packed structure the body changes                |
 | `cond`                           | an output whose packed structure differs between branches      |
 | `custom_jvp_call`                | outputs, and tangents of the weight                            |
