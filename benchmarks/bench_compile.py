@@ -13,40 +13,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from _measure import interleaved, machine, save
+from models import Transformer
 
 import eqquant as eqq
 
 
 PHASES = ("trace", "lower", "compile", "total")
-
-
-class Block(eqx.Module):
-    attention: eqx.nn.MultiheadAttention
-    mlp: eqx.nn.MLP
-    norms: tuple[eqx.nn.LayerNorm, eqx.nn.LayerNorm]
-
-    def __init__(self, width: int, key: Any):
-        keys = jax.random.split(key)
-        self.attention = eqx.nn.MultiheadAttention(8, width, key=keys[0])
-        self.mlp = eqx.nn.MLP(width, width, 4 * width, 1, jax.nn.gelu, key=keys[1])
-        self.norms = (eqx.nn.LayerNorm(width), eqx.nn.LayerNorm(width))
-
-    def __call__(self, x: Any) -> Any:
-        h = jax.vmap(self.norms[0])(x)
-        x = x + self.attention(h, h, h)
-        return x + jax.vmap(self.mlp)(jax.vmap(self.norms[1])(x))
-
-
-class Transformer(eqx.Module):
-    blocks: list[Block]
-
-    def __init__(self, layers: int, width: int, key: Any):
-        self.blocks = [Block(width, k) for k in jax.random.split(key, layers)]
-
-    def __call__(self, x: Any) -> Any:
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 def phases(model: Callable[..., Any], x: Any) -> dict[str, float]:

@@ -21,6 +21,11 @@ FORMATS: dict[str, Callable[[Any], Any]] = {
     "dense float32": lambda w: w,
     "Array8B": eqq.Array8B.quantize,
     "Array8B, blocks of 64": partial(eqq.Array8B.quantize, block_size=64),
+    "ArrayNF4": eqq.ArrayNF4.quantize,
+    "Array1B, ternary": eqq.Array1B.quantize,
+    "Array1B, binary": partial(eqq.Array1B.quantize, levels="binary"),
+    "RSROperatorBinary": eqq.RSROperatorBinary.quantize,
+    "RSROperatorTernary": eqq.RSROperatorTernary.quantize,
 }
 BASELINE = "dense float32"
 SHORT = 2e-3  # seconds; shorter calls are repeated until they add up to this

@@ -3,9 +3,10 @@
     python docs/generate_coverage.py            # write the page
     python docs/generate_coverage.py --check    # fail if the page is not current
 
-The tables of the page come from the opening docstrings of `eqquant.rules` and from the rules that
-are registered. Which primitives exist depends on the version of JAX, so the page names the one it
-was written with; `--check` on another version only looks for rules that the page lacks.
+The first table is what the programs of `programs.py` do when they run. The others come from the opening
+docstrings of `eqquant.rules` and from the rules that are registered. Which primitives exist depends on
+the version of JAX, so the page names the one it was written with; `--check` on another version only
+looks for rows that the page lacks.
 """
 
 import inspect
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from programs import COLUMNS, outcome, PROGRAMS
 
 import eqquant as eqq
 from eqquant import _compat, _dispatch
@@ -24,6 +26,19 @@ from eqquant import _compat, _dispatch
 
 PAGE = Path(__file__).parent / "pages" / "rules.md"
 BEGIN = "<!-- The rest of this page is written by docs/generate_coverage.py. -->\n"
+FORMATS = """\
+## What stays packed, by format
+
+Found by running a program for each row. Its operand has 16 rows of 640 elements, or is a stack of such
+matrices, quantized with default options: so the last axis is packed, except in `Array8B`. 320 elements
+are whole tiles in every format.
+
+- *packed*: the result is of the same format.
+- *read packed*: the result is dense, and a rule computes it from the stored codes.
+- *dense*: the operand is made dense, with a warning.
+
+¹ The quantized scales become float32.
+"""
 KINDS = {
     eqq.AbstractScaledArray: "quantized",
     eqq.QuantizedArray: "quantized",
@@ -34,7 +49,7 @@ KINDS = {
 
 def generate() -> str:
     """The generated part of the page."""
-    out = [BEGIN, f"Written with JAX {_version()}.\n"]
+    out = [BEGIN, f"Written with JAX {_version()}.\n", FORMATS, _table_of_programs()]
     by_module = defaultdict(list)
     for primitive, found in sorted(_dispatch.rules().items()):
         for _, rule in found:
@@ -47,6 +62,17 @@ def generate() -> str:
     others = ", ".join(f"`{p}`" for p in _compat.primitive_names() if p not in covered)
     out += ["## No rule\n", f"Dense, with a warning if an operand is quantized: {others}."]
     return "\n".join(out) + "\n"
+
+
+def _table_of_programs() -> str:
+    """One row for each program whose primitive this JAX has."""
+    lines = [f"| primitive | program | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for program in PROGRAMS:
+        if _compat.find_primitive(program.primitive) is not None:
+            cells = [f"`{program.primitive}`", program.label]
+            cells += [outcome(program, quantize) for quantize in COLUMNS.values()]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(rules: list[tuple[Callable, str]]) -> str:
@@ -88,8 +114,10 @@ def _version() -> str:
 
 
 def _rows(text: str) -> set[str]:
-    """The rows of rules, without the primitives: those depend on the version of JAX."""
-    return set(re.findall(r"(?m)^\| `.*(\|[^|]*\|[^|]*\| `\w+` \|)$", text))
+    """The rows of programs, and those of rules without the primitives, which depend on the version
+    of JAX."""
+    rules = re.findall(r"(?m)^\| `.*(\|[^|]*\|[^|]*\| `\w+` \|)$", text)
+    return {*rules, *re.findall(r"(?m)^\| `.*(?:packed|dense|¹) \|$", text)}
 
 
 def main(arguments: list[str]) -> None:

@@ -13,8 +13,8 @@ import re
 log = logging.getLogger("mkdocs.plugins.mathml")
 
 SYMBOLS = {
-    "approx": "≈", "cdot": "·", "circ": "∘", "dots": "…", "ge": "≥", "in": "∈", "infty": "∞", "le": "≤",
-    "lfloor": "⌊", "mapsto": "↦", "mu": "μ", "ne": "≠", "odot": "⊙", "pm": "±", "rfloor": "⌋", "sigma": "σ",
+    "alpha": "α", "approx": "≈", "cdot": "·", "circ": "∘", "dots": "…", "ell": "ℓ", "ge": "≥", "in": "∈", "infty": "∞", "le": "≤",
+    "lfloor": "⌊", "mapsto": "↦", "mu": "μ", "ne": "≠", "odot": "⊙", "pi": "π", "pm": "±", "rfloor": "⌋", "sigma": "σ",
     "sum": "∑", "times": "×", "to": "→", "top": "⊤", "{": "{", "}": "}", ",": "\u2009", " ": "\u2009",
 }  # fmt: skip
 FUNCTIONS = {"arg", "exp", "log", "max", "min", "sign"}
@@ -64,6 +64,8 @@ class Parser:
             return f"<mfrac>{self.atom()}{self.atom()}</mfrac>"
         if command == "sqrt":
             return f"<msqrt>{self.atom()}</msqrt>"
+        if command == "mathrm":
+            return f"<mi>{self.word()}</mi>"
         if command in FUNCTIONS:
             return f"<mi>{command}</mi>"
         if command in SYMBOLS:
@@ -75,6 +77,17 @@ class Parser:
         if number:
             return f"<mn>{number}</mn>"
         return f"<mi>{letter}</mi>" if letter else f"<mo>{html.escape(sign)}</mo>"
+
+    def word(self) -> str:
+        """The letters of a group, as one name."""
+        if not self.tokens or self.tokens.pop(0).group() != "{":
+            raise ValueError("a \\mathrm without a group in braces")
+        letters = []
+        while self.tokens:
+            if (letter := self.tokens.pop(0).group()) == "}":
+                return html.escape("".join(letters))
+            letters.append(letter)
+        raise ValueError("a group without its }")
 
 
 def mathml(tex: str) -> str:

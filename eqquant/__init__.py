@@ -1,6 +1,6 @@
 """Quantized arrays for JAX and Equinox."""
 
-from . import formats as formats, rules as rules
+from . import formats as formats, lora as lora, rules as rules
 from ._array import AbstractScaledArray as AbstractScaledArray, QuantizedArray as QuantizedArray
 from ._dispatch import (
     AuditRow as AuditRow,
@@ -14,12 +14,23 @@ from ._dispatch import (
     strict as strict,
 )
 from ._implicit import Implicit as Implicit, implicit as implicit, is_implicit as is_implicit
-from ._ste import ste as ste
 from .audit import Audit as Audit, audit as audit
-from .formats import Array8B as Array8B
+from .formats import (
+    Array1B as Array1B,
+    Array8B as Array8B,
+    ArrayNF4 as ArrayNF4,
+    RSROperatorBinary as RSROperatorBinary,
+    RSROperatorTernary as RSROperatorTernary,
+)
 from .matmul import matmul_bf16_int8_weight_only as matmul_bf16_int8_weight_only
 from .model import materialize as materialize, quantize as quantize
 from .report import plan as plan, Report as Report, report as report, ReportRow as ReportRow
+from .training import (
+    fake_quantize as fake_quantize,
+    LearnedStep as LearnedStep,
+    ste as ste,
+    trainable as trainable,
+)
 
 
 __version__ = "0.1.0"

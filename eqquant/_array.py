@@ -19,7 +19,17 @@ from jaxtyping import Float
 from . import _sharding
 from ._dispatch import ImplicitArray, report_materialized
 from ._implicit import implicit
-from ._tiles import constant_tile, EACH, Leaf, spread, Tile, Unaligned
+from .tiles import (
+    EACH,
+    Leaf,
+    Packing,
+    packing_of,
+    payload_leaf,
+    scale_block_size,
+    scale_leaf,
+    spread,
+    Unaligned,
+)
 
 
 _Scaled = TypeVar("_Scaled", bound="AbstractScaledArray")
@@ -238,33 +248,93 @@ class AbstractScaledArray(QuantizedArray):
     logical axis in equal tiles. From that alone follow transposition, slicing, broadcasting,
     `vmap`, `scan` and sharding, for every format.
 
-    A format gives its fields, `shape`, and three methods: `values`, `leaves` and `with_leaves`.
+    A format gives its fields, one of them the payload, and one method: `values`, or `planes` if a
+    stored number holds several elements.
     """
 
+    payload: eqx.AbstractClassVar[str]
+    """The name of the field that holds the codes."""
+    packing: eqx.AbstractVar[Packing | None]
+    """How the payload holds several elements in one stored number; None if it does not."""
     scale: eqx.AbstractVar[Float[Array, "..."] | None]
     """One number for each tile; None if all are 1."""
+    block_size: eqx.AbstractVar[int | None]
+    """How many elements share a scale along an axis that has several scales; None if no axis has."""
     via: eqx.AbstractVar[tuple[np.dtype, ...]]
     """The dtypes that the values were rounded to before they were cast to `dtype`."""
 
+    largest: ClassVar[float] = 1.0
+    """The largest magnitude among the values."""
     has_zero_code: ClassVar[bool] = False
     """Whether a stored code of 0 means the value 0."""
 
     def values(self, dtype: Any) -> Array:
         """The values $v$, without scale, as a dense array of `dtype`."""
-        raise NotImplementedError(f"{type(self).__name__}.values is missing")
+        if type(self).planes is AbstractScaledArray.planes:
+            raise NotImplementedError(f"{type(self).__name__} needs a method `values` or `planes`")
+        planes = self.planes(dtype)
+        return planes[0] if self.packing is None else self.packing.merge(planes)
+
+    def planes(self, dtype: Any) -> Sequence[Array]:
+        """The values $v$ as they lie in the payload: arrays of its shape, the first of the first
+        elements that the stored numbers hold, and so on. Only one if the array is not packed."""
+        return (
+            [self.values(dtype)] if self.packing is None else self.packing.split(self.values(dtype))
+        )
+
+    @property
+    def payload_leaf(self) -> Leaf:
+        """The payload, with its tiles: the shape of the logical array is derived from it."""
+        return payload_leaf(getattr(self, self.payload), self.packing)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the logical array."""
+        return self.payload_leaf.shape
 
     def leaves(self) -> dict[str, Leaf]:
-        """Every stored leaf by the name of its field, with its tiles."""
-        raise NotImplementedError(f"{type(self).__name__}.leaves is missing")
+        """Every stored leaf, with its tiles: the payload by the name of its field, and `"scale"`."""
+        leaf = self.payload_leaf
+        leaves = {self.payload: leaf}
+        if self.scale is not None:
+            leaves["scale"] = scale_leaf(self.scale, leaf.shape, self.block_size)
+        return leaves
 
     def with_leaves(self: _Scaled, leaves: dict[str, Leaf]) -> _Scaled:
         """An array of these leaves, all else equal. Raises `Unaligned` if this format cannot
         express their tiles."""
-        raise NotImplementedError(f"{type(self).__name__}.with_leaves is missing")
+        payload, scale = leaves[self.payload], leaves.get("scale")
+        changes: dict[str, Any] = {self.payload: payload.array, "packing": packing_of(payload)}
+        if scale is not None:
+            changes |= {"scale": scale.array, "block_size": scale_block_size(scale)}
+        names = {field.name for field in dataclasses.fields(self)}
+        if any(changes.get(name) is not None for name in changes.keys() - names):
+            raise Unaligned  # this format is never packed, or has no scales of blocks
+        return self.replace(**{name: value for name, value in changes.items() if name in names})
+
+    def sliceable(self, axes: Sequence[int] = (0,)) -> "AbstractScaledArray | None":
+        moved: dict[str, Leaf] = {}
+        for name, leaf in self.leaves().items():
+            for axis in axes:
+                if leaf.array.shape[axis] != self.shape[axis]:
+                    if leaf.ordered:
+                        return None
+                    leaf = leaf.with_axis(axis, spread(leaf, [axis]), EACH, self.shape[axis])
+            moved[name] = leaf
+        return self.with_leaves(moved)
+
+    def unnested(self: _Scaled) -> _Scaled:
+        """This array with every stored leaf of its rank: scales that are quantized themselves are
+        expanded, exactly."""
+        return self
+
+    def replace(self: _Scaled, **changes: Any) -> _Scaled:
+        """A copy with some of its fields changed."""
+        return dataclasses.replace(self, **changes)
 
     def with_dtype(self: _Scaled, dtype: np.dtype, via: tuple[np.dtype, ...]) -> _Scaled:
         """An array of the same leaves with another logical dtype (see `cast`)."""
-        return dataclasses.replace(self, dtype=dtype, via=via)
+        return self.replace(dtype=dtype, via=via)
 
     def materialize(self) -> Array:
         """The dense array of `shape` and `dtype`: the values times the scale, computed in float32
@@ -282,7 +352,7 @@ class AbstractScaledArray(QuantizedArray):
     @property
     def sharding(self) -> jax.sharding.Sharding | None:
         """How the payload is laid out over devices; None under tracing."""
-        payload = next(leaf for leaf in self.leaves().values() if leaf.ordered).array
+        payload = self.payload_leaf.array
         return None if isinstance(payload, Tracer) else payload.sharding
 
     @property
@@ -303,11 +373,11 @@ class AbstractScaledArray(QuantizedArray):
         """
         if sharding is None:
             return self
-        leaves = {
-            name: leaf._replace(array=_sharding.place(leaf, name, self.shape, sharding))
+        placed = {
+            id(leaf.array): _sharding.place(leaf, name, sharding)
             for name, leaf in self.leaves().items()
         }
-        return self.with_leaves(leaves)
+        return jtu.tree_map(lambda array: placed[id(array)], self)
 
     def reshard(self: _Scaled, sharding: NamedSharding | PartitionSpec | None) -> _Scaled:
         """Alias of `with_sharding`."""
@@ -325,7 +395,7 @@ class AbstractScaledArray(QuantizedArray):
 def _decode(array: AbstractScaledArray) -> Array:
     x = array.values(array.compute_dtype)
     if array.scale is not None:
-        x = x * spread(array.leaves()["scale"], array.shape).astype(x.dtype)
+        x = x * spread(array.leaves()["scale"]).astype(x.dtype)
     for dtype in (*array.via, array.dtype):
         x = x.astype(dtype)
     return x
@@ -352,32 +422,6 @@ def cast(array: AbstractScaledArray, dtype: Any) -> tuple[np.dtype, tuple[np.dty
         if jnp.promote_types(chain[i - 1], chain[i]) == chain[i]:
             del chain[i]
     return chain[-1], tuple(chain[1:-1])
-
-
-def scale_leaf(scale: Any, shape: Sequence[int], block_size: int | None) -> Leaf:
-    """A scale of the rank of `shape`: along each axis one for all, one each, or one for every
-    `block_size` elements."""
-    tiles = []
-    for stored, length in zip(scale.shape, shape, strict=True):
-        if stored == 1:
-            tiles.append(constant_tile(length))
-        elif stored == length:
-            tiles.append(EACH)
-        else:
-            tiles.append(Tile(block_size or 0))
-    return Leaf(scale, tuple(tiles), ordered=False)
-
-
-def scale_block_size(leaf: Leaf) -> int | None:
-    """The inverse of `scale_leaf`: the one block size among the tiles of a scale."""
-    sizes = {
-        tile.size
-        for axis, tile in enumerate(leaf.tiles)
-        if tile.size > 1 and not leaf.is_constant_along(axis)
-    }
-    if len(sizes) > 1:
-        raise Unaligned
-    return sizes.pop() if sizes else None
 
 
 def leaf_nbytes(leaf: Any) -> int:

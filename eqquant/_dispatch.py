@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import plum
@@ -38,6 +39,8 @@ class ImplicitArray(eqx.Module):
 
     warn_on_materialize: ClassVar[bool] = True
     """Whether an operation that has no rule for this class warns before it materializes."""
+    trained: ClassVar[tuple[str, ...]] = ()
+    """The fields that [`trainable`][eqquant.trainable] selects."""
 
     shape: eqx.AbstractVar[tuple[int, ...]]
     """The shape of the array this stands for."""
@@ -51,6 +54,11 @@ class ImplicitArray(eqx.Module):
     def settle(self) -> "ImplicitArray":
         """This array, with what it puts off while a function is evaluated carried out."""
         return self
+
+    def sliceable(self, axes: Sequence[int] = (0,)) -> "ImplicitArray | None":
+        """This array with every leaf as long as it is along `axes`, so that it can be cut or joined
+        there as a pytree; None if it has no such form."""
+        return None
 
 
 class MaterializeWarning(UserWarning):
@@ -308,8 +316,11 @@ def dense_nbytes(x: Any) -> int:
 def short(x: Any) -> str:
     """`Array8B f32[8,16]`, or `dense f32[8,16]`."""
     kind = type(x).__name__ if isinstance(x, ImplicitArray) else "dense"
-    dtype = jnp.dtype(x.dtype).name if not hasattr(x.dtype, "_rules") else str(x.dtype)
-    return f"{kind} {dtype}[{','.join(map(str, x.shape))}]"
+    dtype = (
+        x.dtype if hasattr(x, "dtype") else np.result_type(x)
+    )  # a literal may be a Python number
+    name = jnp.dtype(dtype).name if not hasattr(dtype, "_rules") else str(dtype)
+    return f"{kind} {name}[{','.join(map(str, np.shape(x)))}]"
 
 
 def report_materialized(primitive: str, operands: Sequence[Any], label: str | None = None) -> None:
@@ -361,7 +372,10 @@ def apply(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any])
     ):
         return apply(primitive, [settle(x) for x in operands], params)
     if rule is not None:
-        arrays = [x if isinstance(x, ImplicitArray) else jnp.asarray(x) for x in operands]
+        with jax.ensure_compile_time_eval():  # the value of a literal is known under tracing too
+            arrays = [
+                x if isinstance(x, (ImplicitArray, Array)) else jnp.asarray(x) for x in operands
+            ]
         out = rule(primitive, *arrays, **params)
         if out is not NotImplemented:
             if (records := _records.get()) is not None and not getattr(rule, "transparent", False):

@@ -5,10 +5,11 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
+from . import _sharding
 from ._array import AbstractScaledArray, QuantizedArray
 
 
@@ -32,12 +33,15 @@ def as_float_array(where: str, array: Any) -> Array:
         return jnp.asarray(array)
 
 
-def check_dtype(where: str, dtype: Any) -> np.dtype:
-    """`dtype` as a floating-point NumPy dtype of at least 16 bits."""
+def check_dtype(where: str, dtype: Any, integers: bool = False) -> np.dtype:
+    """`dtype` as a NumPy dtype: floating-point, of at least 16 bits, or an integer if allowed."""
     found = jnp.dtype(dtype)
+    if integers and jnp.issubdtype(found, jnp.integer):
+        return found
     if not jnp.issubdtype(found, jnp.floating) or found.itemsize < 2:
         raise TypeError(
-            f"{where} must be float16, bfloat16, float32 or float64; it was given {found}."
+            f"{where} must be float16, bfloat16, float32 or float64{' or integer' * integers}; it was "
+            f"given {found}."
         )
     return found
 
@@ -54,12 +58,34 @@ def normalize_axes(where: str, axis: int | Sequence[int], ndim: int) -> tuple[in
     return tuple(normal)
 
 
+def check_integers(where: str, array: Any, allowed: Sequence[int]) -> Array:
+    """`array` as a JAX array, if it holds integers, and only these (unknown under tracing)."""
+    if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.integer):
+        shown = f"{array.dtype}{list(array.shape)}" if hasattr(array, "dtype") else repr(array)
+        raise TypeError(
+            f"{where} takes an array of integers; it was given {shown}. Cast it first, e.g. "
+            "jnp.sign(array).astype(jnp.int8)."
+        )
+    array = jnp.asarray(array)
+    if isinstance(array, Tracer):
+        return array
+    bad = np.argwhere(~np.isin(np.asarray(array), allowed))
+    if len(bad):
+        index = tuple(int(i) for i in bad[0])
+        raise ValueError(
+            f"{where} takes integers among {', '.join(map(str, allowed))}; "
+            f"array[{', '.join(map(str, index))}] is {array[index]} ({len(bad)} such elements). Give "
+            "floating-point numbers to have them rounded."
+        )
+    return array
+
+
 def check_finite(where: str, array: Array, scale: Array) -> None:
     """Raises at the first NaN or infinity of `array`, if its `scale` shows that there is one.
 
     Does nothing under tracing, where values are unknown.
     """
-    if isinstance(scale, Tracer) or bool(jnp.all(jnp.isfinite(scale))):
+    if isinstance(scale, Tracer) or not array.size or bool(jnp.all(jnp.isfinite(scale))):
         return
     bad = np.argwhere(~np.isfinite(np.asarray(array, np.float64)))
     if not len(bad):
@@ -80,3 +106,43 @@ def inherit_sharding(quantized: _Scaled, array: Array) -> _Scaled:
     if len(array.sharding.device_set) == 1:
         return quantized
     return quantized.with_sharding(array.sharding)
+
+
+def check_choice(where: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{where} must be one of {', '.join(choices)}; it was given {value!r}.")
+
+
+def check_blocks(where: str, block_size: int | None, axes: Sequence[int]) -> None:
+    """Raises unless `block_size` is None, or positive with one axis."""
+    if block_size is not None and (block_size < 1 or len(axes) != 1):
+        raise ValueError(
+            f"{where}(block_size=...) must be positive and goes with exactly one axis; it was given "
+            f"{block_size} with the axes {tuple(axes)}."
+        )
+
+
+def by_blocks(x: Array, axis: int, size: int) -> Array:
+    """`x` with `axis` split in two: blocks of `size` elements, the last filled up with zeros, and the
+    elements within them."""
+    _sharding.check_tiles(x, axis, size)
+    blocks = -(-x.shape[axis] // size)
+    missing = blocks * size - x.shape[axis]
+    if missing:
+        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+    return x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
+
+
+def mean_where(x: Array, counted: Array, axes: Sequence[int]) -> Array:
+    """The mean over `axes` of what `counted` says, in float32: 0 of nothing, NaN if it is not finite.
+
+    What is not counted has to be zero, or NaN. One pass: two sums would make XLA hold their terms.
+    """
+    terms = (x.astype(jnp.float32), counted.astype(jnp.float32))
+    zero = jnp.zeros((), jnp.float32)
+    total, count = lax.reduce(
+        terms, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(axes)
+    )
+    mean = total / jnp.maximum(count, 1)
+    return lax.expand_dims(jnp.where(jnp.isfinite(mean), mean, jnp.nan), tuple(axes))

@@ -16,8 +16,9 @@ from ._implicit import is_implicit
 
 
 Tree = TypeVar("Tree")
-Format = Callable[[Any], QuantizedArray]
-"""A format is a function from an array to a quantized array, such as `Array8B.quantize`."""
+Format = Callable[[Any], QuantizedArray | jax.Array]
+"""A format is a function from an array to a quantized array, such as `Array8B.quantize`; or, in training,
+to the dense array of its values, such as `fake_quantize(Array8B.quantize)`."""
 How = Format | Mapping[str, Format | None]
 """One format for all matrices; or formats by pattern of path, None to leave dense."""
 
@@ -56,7 +57,7 @@ def quantize(tree: Tree, how: How) -> Tree:
         ```
     """
     formats = _formats_by_path(tree, how)
-    done: dict[tuple[int, int], QuantizedArray] = {}
+    done: dict[tuple[int, int], QuantizedArray | jax.Array] = {}
 
     def convert(path: Any, leaf: Any) -> Any:
         format = formats.get(path_name(path))
@@ -92,7 +93,7 @@ def path_name(path: Any) -> str:
     return jtu.keystr(path, simple=True, separator=".")
 
 
-def _apply_format(format: Format, leaf: Any, path: str) -> QuantizedArray:
+def _apply_format(format: Format, leaf: Any, path: str) -> QuantizedArray | jax.Array:
     try:
         return format(leaf)
     except (TypeError, ValueError) as error:
@@ -149,6 +150,26 @@ def _formats_by_path(tree: Any, how: How) -> dict[str, Format]:
         for name in matches:
             chosen.setdefault(name, format)
     return {name: format for name, format in chosen.items() if format is not None}
+
+
+def matching_paths(tree: Any, pattern: str) -> list[str]:
+    """The paths of matrices, dense or quantized, that a pattern matches.
+
+    **Raises:** `ValueError` if there are none; it lists the nearest paths.
+    """
+    leaves = [
+        (path_name(path), leaf)
+        for path, leaf in jtu.tree_leaves_with_path(tree, is_leaf=is_implicit)
+    ]
+    matrices = [
+        name
+        for name, leaf in leaves
+        if _is_matrix(leaf) or (is_implicit(leaf) and len(leaf.shape) >= 2)
+    ]
+    matches = [name for name in matrices if _matches(pattern, name)]
+    if not matches:
+        raise ValueError(_no_match(pattern, matrices, leaves))
+    return matches
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -11,7 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.pop("EQQUANT_ON_MATERIALIZE", None)
 
 import hypothesis
+import jax
 import jaxtyping
+import pytest
 
 
 jaxtyping.install_import_hook("eqquant", "beartype.beartype")
@@ -21,10 +23,10 @@ _COMMON = dict(
     suppress_health_check=list(hypothesis.HealthCheck),
     print_blob=True,
 )
-hypothesis.settings.register_profile("dev", max_examples=6, **_COMMON)
+hypothesis.settings.register_profile("dev", max_examples=5, **_COMMON)
 hypothesis.settings.register_profile(
     "ci",
-    max_examples=6,
+    max_examples=5,
     derandomize=True,
     database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # shrinking takes minutes
@@ -34,3 +36,10 @@ hypothesis.settings.register_profile("nightly", max_examples=500, **_COMMON)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev")
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_compiled_programs():
+    """Thousands of them would fill the memory of a small machine."""
+    yield
+    jax.clear_caches()

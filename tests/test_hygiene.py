@@ -21,22 +21,24 @@ MODULES = {
 # Who may import whom. A name stands for the module and, if it is a package, for all in it.
 MAY_IMPORT = {
     "_compat": "",
-    "_tiles": "",
+    "tiles": "",
     "_table": "",
-    "_sharding": "_tiles",
+    "_sharding": "tiles",
     "_dispatch": "_compat _table",
-    "_ste": "_dispatch",
     "_implicit": "_compat _dispatch",
-    "_array": "_dispatch _implicit _sharding _tiles",
-    "_quantize": "_array",
-    "formats": "_array _quantize _tiles formats",
-    "kernels": "_array _compat _tiles kernels",
-    "rules": "_array _compat _dispatch _implicit _sharding _tiles kernels rules",
+    "_array": "_dispatch _implicit _sharding tiles",
+    "_quantize": "_array _sharding",
+    "formats": "_array _implicit _quantize _sharding tiles formats",
+    "kernels": "_array _compat tiles kernels",
+    "rules": "_array _compat _dispatch _implicit _sharding tiles kernels rules",
     "matmul": "formats kernels",
+    "training": "_array _dispatch _implicit _quantize formats tiles",
+    "lora": "_array _dispatch _implicit model report",
     "model": "_array _dispatch _implicit",
     "report": "_array _implicit _table model",
     "audit": "_dispatch _implicit _table",
-    "__init__": "_array _dispatch _implicit _ste audit formats matmul model report rules",
+    "testing": "_array _dispatch _implicit formats model testing tiles",
+    "__init__": "_array _dispatch _implicit audit formats lora matmul model report rules training",
 }
 PRIVATE = re.compile(r"^(jax\._src|equinox\._|plum\._)")
 FORBIDDEN_TEXT = {

@@ -147,7 +147,7 @@ def test_non_finite_input_under_tracing_becomes_nan_in_its_group_only():
         (lambda: eqq.Array8B.quantize(jnp.ones(3), dtype=jnp.int8), TypeError, ["dtype", "int8"]),
         (lambda: eqq.Array8B.quantize(jnp.ones((2, 3)), block_size=0), ValueError, ["positive", "given 0"]),
         (lambda: eqq.Array8B.quantize(jnp.ones((2, 3)), axis=(0, 1), block_size=2), ValueError, ["one axis"]),
-        (lambda: eqq.Array8B(jnp.ones(3), jnp.ones((3, 4), jnp.int8)), ValueError, ["rank of weight"]),
+        (lambda: eqq.Array8B(jnp.ones(3), jnp.ones((3, 4), jnp.int8)), ValueError, ["rank of the array"]),
         (lambda: eqq.Array8B(jnp.ones((2, 1)), jnp.ones((3, 4), jnp.int8)), ValueError, ["axis 0", "2 entries"]),
         (lambda: eqq.Array8B(jnp.ones((3, 1)), jnp.ones((3, 4), jnp.int8), shape=(4, 3)), ValueError, ["(4, 3)"]),
         (lambda: eqq.Array8B(jnp.ones((3, 1)), jnp.ones((3, 4), jnp.int8), axis=0), ValueError, ["axis=0"]),

@@ -14,18 +14,20 @@ import jax.tree_util as jtu
 import jaxtyping
 import numpy as np
 import pytest
-from formats import DTYPES, FORMATS, generator
 from jax import lax
 
 import eqquant as eqq
 from eqquant.kernels import quantized_dot_general
 from eqquant.kernels.matmul import fused, reference, tiled
 from eqquant.kernels.matmul.reference import Axes
+from eqquant.testing import arrays, DTYPES, FORMATS, generator
 
 
 tiling = importlib.import_module("eqquant.kernels.matmul.tiled")
 
-each_format = pytest.mark.parametrize("format", FORMATS)
+# The others take turns: each program takes its time to compile.
+STRATEGIES = {"Array8B": FORMATS["Array8B"], "any format": arrays}
+each_format = pytest.mark.parametrize("format", STRATEGIES)
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +129,7 @@ def products(
         (tuple(x_axis[:n_batch]), tuple(w_axis[:n_batch])),
     )
     dtype = draw(st.sampled_from(dtypes))
-    w = draw(FORMATS[format](tuple(w_lengths[i] for i in w_order), dtype))
+    w = draw(STRATEGIES[format](tuple(w_lengths[i] for i in w_order), dtype))
     x = generator(draw).normal(size=tuple(x_lengths[i] for i in x_order))
     return Product(jnp.asarray(x, dtype), w, numbers)
 
@@ -421,13 +423,14 @@ def test_backward_pass_of_half_precision_keeps_the_dtype_of_x():
     np.testing.assert_allclose(np.asarray(pull_back(y)[0], np.float32), 12.0, rtol=0.01)
 
 
-@each_format
 @pytest.mark.parametrize("over", ["x", "w", "both"])
-def test_vmap(over, format):
+def test_vmap(over):
+    """Over any axis. (Of the other formats only axes before the packed one: the laws do that.)"""
+
     @hypothesis.given(st.data())
     @examples(0.5)
     def holds(data: st.DataObject) -> None:
-        product = data.draw(products(format, **SMALL))
+        product = data.draw(products("Array8B", **SMALL))
         x_axis = w_axis = None
         x, w = product.x, product.w
         examples = [product, product, product]
@@ -455,7 +458,7 @@ def test_vmap(over, format):
 
 def reversed_codes(w: Any, axis: int) -> Any:
     """Another array of the same leaves, some of them read backwards."""
-    return jtu.tree_map(lambda leaf: jnp.flip(leaf, axis) if leaf.ndim else leaf, w)
+    return jtu.tree_map(lambda leaf: jnp.flip(leaf, axis), w)
 
 
 def test_vmap_within_vmap_and_grad():

@@ -392,3 +392,20 @@ def test_half_precision(name, dtype):
     with eqq.strict():
         found = eqx.filter_jit(eqq.implicit(layer.call))(model, *xs)
     _assert_agree(found, eqx.filter_jit(layer.call)(eqq.materialize(model), *xs), model)
+
+
+OTHER_FORMATS = {
+    "nf4 double": functools.partial(eqq.ArrayNF4.quantize, double=True),
+    "ternary": eqq.Array1B.quantize,
+    "rsr ternary": eqq.RSROperatorTernary.quantize,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+@with_each_layer
+def test_other_formats(layer, name):
+    model = eqq.quantize(layer.make(jr.key(0)), {layer.pattern: OTHER_FORMATS[name]})
+    model, xs = eqx.Partial(layer.call, model), _inputs(layer)
+    with _strict_unless_dense(layer):
+        found = eqx.filter_jit(eqq.implicit(model))(*xs)
+    _assert_agree(found, eqx.filter_jit(eqq.materialize(model))(*xs), model)

@@ -26,6 +26,9 @@ CASES = {
     "eqq.implicit(3)": ("TypeError", ["takes a function", "given 3"]),
     "eqq.on_materialize('never').__enter__()": ("ValueError", ["one of warn, ignore, error", "'never'"]),
     "q.with_sharding(jax.sharding.PartitionSpec('a'))": ("ValueError", ["needs a mesh", "jax.set_mesh"]),
+    "eqq.ArrayNF4.quantize(jnp.ones(8), scale='best')": ("ValueError", ["one of absmax, search", "'best'"]),
+    "eqq.Array1B.quantize(jnp.ones(8), levels='quaternary')": ("ValueError", ["one of ternary, binary"]),
+    "eqq.Array1B.quantize(jnp.ones(8), scale='max')": ("ValueError", ["absmean, least_squares", "'max'"]),
 }  # fmt: skip
 
 

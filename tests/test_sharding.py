@@ -1,4 +1,7 @@
-"""Arrays split over the eight virtual devices: codes and scales together, values unchanged."""
+"""Arrays split over the eight virtual devices: codes and scales together, values unchanged.
+
+In depth for one format; `test_sharding_formats.py` goes through all of them.
+"""
 
 import importlib
 import pickle
@@ -40,7 +43,7 @@ def mesh(request: pytest.FixtureRequest) -> jax.sharding.Mesh:
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +242,8 @@ def test_quantize_takes_the_sharding_over(mesh, w, layout, names):
         np.testing.assert_array_equal(got, want)
 
 
-def test_quantize_refuses_blocks_cut_by_the_sharding(w):
-    sharded = jax.device_put(w, NamedSharding(auto_mesh(), P(None, "b")))
+def test_quantize_refuses_blocks_cut_by_the_sharding(mesh, w):
+    sharded = jax.device_put(w, NamedSharding(mesh, P(None, "b")))
     with pytest.raises(ValueError, match=r"Axis 1 of length 32 .*'b'.*tiles of 16"):
         eqq.Array8B.quantize(sharded, block_size=16)
 

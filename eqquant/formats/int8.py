@@ -12,15 +12,17 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int8
 
-from .._array import AbstractScaledArray, scale_block_size, scale_leaf
+from .._array import AbstractScaledArray
 from .._quantize import (
     as_float_array,
+    by_blocks,
+    check_blocks,
     check_dtype,
     check_finite,
     inherit_sharding,
     normalize_axes,
 )
-from .._tiles import EACH, Leaf, spread, Unaligned
+from ..tiles import check_scale, scale_leaf, spread
 
 
 class Array8B(AbstractScaledArray):
@@ -59,6 +61,9 @@ class Array8B(AbstractScaledArray):
     via: tuple[np.dtype, ...] = eqx.field(static=True)
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
+    payload: ClassVar[str] = "weight"
+    packing: ClassVar[None] = None
+    largest: ClassVar[float] = 127.0
     has_zero_code: ClassVar[bool] = True
 
     def __init__(
@@ -106,24 +111,7 @@ class Array8B(AbstractScaledArray):
                 )
 
     def __check_init__(self) -> None:
-        scale, weight = self.scale, self.weight
-        if scale.ndim != weight.ndim:
-            raise ValueError(
-                f"scale must have the rank of weight (keep reduced axes at length 1); scale has "
-                f"shape {scale.shape}, weight {weight.shape}."
-            )
-        for axis, (stored, length) in enumerate(zip(scale.shape, weight.shape, strict=True)):
-            blocks = -(-length // self.block_size) if self.block_size else 1
-            if stored not in (1, length, blocks):
-                raise ValueError(
-                    f"scale has {stored} entries along axis {axis}, where weight has {length} and "
-                    f"block_size is {self.block_size}: expected 1, {length} or {blocks}."
-                )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the logical array: that of the codes."""
-        return self.weight.shape
+        check_scale("scale", self.scale, self.weight.shape, self.block_size)
 
     @property
     def axis(self) -> tuple[int, ...]:
@@ -136,24 +124,6 @@ class Array8B(AbstractScaledArray):
 
     def values(self, dtype: Any) -> Array:
         return self.weight.astype(dtype)
-
-    def leaves(self) -> dict[str, Leaf]:
-        return {
-            "scale": scale_leaf(self.scale, self.shape, self.block_size),
-            "weight": Leaf(self.weight, (EACH,) * self.ndim, ordered=True),
-        }
-
-    def with_leaves(self, leaves: dict[str, Leaf]) -> "Array8B":
-        weight, scale = leaves["weight"], leaves["scale"]
-        if any(tile != EACH for tile in weight.tiles):
-            raise Unaligned
-        return type(self)(
-            scale.array,
-            weight.array,
-            dtype=self.dtype,
-            block_size=scale_block_size(scale),
-            via=self.via,
-        )
 
     @classmethod
     def quantize(
@@ -198,11 +168,8 @@ class Array8B(AbstractScaledArray):
         if axis is None:
             axis = (-1,) if array.ndim else ()
         axes = normalize_axes("Array8B.quantize(axis=...)", axis, array.ndim)
-        if block_size is not None and (block_size < 1 or len(axes) != 1):
-            raise ValueError(
-                "Array8B.quantize(block_size=...) must be positive and goes with exactly one axis; "
-                f"it was given {block_size} with axis={axis}."
-            )
+        block_size = block_size if array.ndim else None
+        check_blocks("Array8B.quantize", block_size, axes)
         scale, weight = _quantize(array, axes, block_size)
         check_finite("Array8B.quantize", array, scale)
         stored_blocks = block_size if scale.shape != weight.shape else None
@@ -226,7 +193,7 @@ def _quantize(
     # Above 1e37 the reciprocal would be subnormal, and be flushed to zero.
     safe = jnp.where(is_zero, 1, absmax)
     inverse = jnp.where(is_zero, 0, jnp.where(absmax > 1e37, 127 / safe, 127 * (1 / safe)))
-    inverse = spread(scale_leaf(inverse, x.shape, block_size), x.shape)
+    inverse = spread(scale_leaf(inverse, x.shape, block_size))
     weight = jnp.clip(jnp.round(x.astype(wide) * inverse), -127, 127).astype(jnp.int8)
     return jnp.where(is_zero, 1, scale), weight
 
@@ -237,8 +204,4 @@ def _absmax(x: Array, axes: tuple[int, ...], block_size: int | None) -> Array:
     if block_size is None:
         return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
     (axis,) = axes
-    blocks = -(-x.shape[axis] // block_size)
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, blocks * block_size - x.shape[axis])
-    split = (*x.shape[:axis], blocks, block_size, *x.shape[axis + 1 :])
-    return jnp.max(jnp.abs(jnp.pad(x, padding).reshape(split)), axis=axis + 1, initial=0)
+    return jnp.max(jnp.abs(by_blocks(x, axis, block_size)), axis=axis + 1, initial=0)

@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array, lax
 
-from .. import _compat, _tiles
+from .. import _compat, tiles
 from .._array import AbstractScaledArray
 from .._compat import ad, batching, mlir
 from .pieces import by_pieces, rows_per_piece
@@ -93,9 +93,9 @@ def _whole(
     values, factors = w.values(compute), None
     if scale is not None and all(map(scale.is_constant_along, others)):
         # Each output channel o sums over q[o, ...] alone: its scale leaves the sum.
-        factors = _tiles.spread(scale, w.shape, [out_axis]).reshape(-1).astype(compute)
+        factors = tiles.spread(scale, [out_axis]).reshape(-1).astype(compute)
     elif scale is not None:
-        values = values * _tiles.spread(scale, w.shape).astype(compute)
+        values = values * tiles.spread(scale).astype(compute)
     y = lax.conv_general_dilated_p.bind(
         x.astype(compute),
         lax.rev(values, dimension_numbers.rhs_spec[2:]) if reverse else values,
@@ -122,7 +122,7 @@ def _in_pieces(x: Array, w: AbstractScaledArray, *, dimension_numbers: Any, **pa
 
     def product(x: Array, w: AbstractScaledArray) -> Array:
         order = (*w_spec[2:], w_spec[1], w_spec[0])
-        leaves = {name: _tiles.transpose(leaf, order) for name, leaf in w.leaves().items()}
+        leaves = {name: tiles.transpose(leaf, order) for name, leaf in w.leaves().items()}
         return _whole(x, w.with_leaves(leaves), dimension_numbers=numbers, **params)
 
     x = lax.transpose(x, (x_spec[0], *x_spec[2:], x_spec[1]))
@@ -148,7 +148,7 @@ def _abstract(
     x: Any, *leaves: Any, treedef: Any, reverse: bool, out_dtype: Any, **params: Any
 ) -> Any:
     w = jtu.tree_unflatten(treedef, leaves)
-    payload = next(leaf.array for leaf in w.leaves().values() if leaf.ordered)
+    payload: Any = w.payload_leaf.array
     y = _compat.output_aval(
         lax.conv_general_dilated_p,
         x,

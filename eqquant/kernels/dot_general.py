@@ -15,7 +15,7 @@ from jax import Array, lax
 from .. import _compat
 from .._array import AbstractScaledArray
 from .._compat import ad, batching, mlir
-from .._tiles import spread
+from ..tiles import spread
 from .matmul import fused, tiled
 from .matmul.reference import Axes
 
@@ -101,7 +101,7 @@ def _explicit(
 ) -> Array:
     w = jtu.tree_unflatten(treedef, leaves)
     accumulate = _accumulate_dtype(x, w, out_dtype)
-    scale = None if w.scale is None else spread(w.leaves()["scale"], w.shape).astype(accumulate)
+    scale = None if w.scale is None else spread(w.leaves()["scale"]).astype(accumulate)
     values = w.values(accumulate)
     return lax.dot_general(
         x.astype(accumulate),
@@ -121,7 +121,7 @@ def _abstract(
     x: Any, *leaves: Any, treedef: Any, axes: Axes, precision: Any, out_dtype: Any
 ) -> Any:
     w = jtu.tree_unflatten(treedef, leaves)
-    payload = next(leaf.array for leaf in w.leaves().values() if leaf.ordered)
+    payload: Any = w.payload_leaf.array
     w_aval = payload.update(shape=w.shape, dtype=x.dtype, weak_type=False)
     return _compat.output_aval(
         lax.dot_general_p,

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from jax import Array, lax
 
 from .._array import AbstractScaledArray
-from .._tiles import constant_tile, Leaf, reslice
+from ..tiles import constant_tile, Leaf, reslice
 
 
 def by_pieces(
@@ -33,6 +33,8 @@ def by_pieces(
     side by side along `y_axis`, or summed up if that is None.
     """
     length = w.shape[axis]
+    if rows == length:
+        return product(x, w).astype(dtype)
     count = length // rows
     done = count * rows
 
@@ -83,13 +85,13 @@ def _piece(w: AbstractScaledArray, axis: int, i: Array, rows: int) -> AbstractSc
     def cut(leaf: Leaf) -> Leaf:
         size, stored = leaf.tiles[axis]
         if leaf.is_constant_along(axis):
-            return leaf.with_axis(axis, leaf.array, constant_tile(rows))
+            return leaf.with_axis(axis, leaf.array, constant_tile(rows), rows)
         if rows % size:
             array = lax.dynamic_slice_in_dim(leaf.array, i * rows // size, 1, axis)
-            return leaf.with_axis(axis, array, constant_tile(rows))
+            return leaf.with_axis(axis, array, constant_tile(rows), rows)
         count = rows // size * stored
         array = lax.dynamic_slice_in_dim(leaf.array, i * count, count, axis)
-        return leaf.with_axis(axis, array, leaf.tiles[axis])
+        return leaf.with_axis(axis, array, leaf.tiles[axis], rows)
 
     return w.with_leaves({name: cut(leaf) for name, leaf in w.leaves().items()})
 
@@ -97,6 +99,4 @@ def _piece(w: AbstractScaledArray, axis: int, i: Array, rows: int) -> AbstractSc
 def slice_rows(w: AbstractScaledArray, axis: int, start: int, stop: int) -> AbstractScaledArray:
     """The entries of `axis` from `start` to `stop`."""
     leaves = w.leaves()
-    return w.with_leaves(
-        {name: reslice(leaf, axis, w.shape[axis], start, stop) for name, leaf in leaves.items()}
-    )
+    return w.with_leaves({name: reslice(leaf, axis, start, stop) for name, leaf in leaves.items()})

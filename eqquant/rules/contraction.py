@@ -18,8 +18,8 @@ from jax import Array, lax
 
 from .._array import AbstractScaledArray, QuantizedArray
 from .._dispatch import apply, dense_nbytes, densify, register, report_materialized, transparent
-from .._tiles import dynamic_slice, remove_axis
 from ..kernels import convolve, quantized_dot_general
+from ..tiles import dynamic_slice, remove_axis
 from .structural import TransposedView
 
 
@@ -104,6 +104,7 @@ def ragged_dot_general_array_scaled(
         or tuple(numbers.rhs_group_dimensions) != (0,)
         or params.get("group_offset") is not None
         or group_sizes.ndim != 1
+        or w.payload_leaf.is_packed_along(0)
         or not jnp.issubdtype(x.dtype, jnp.floating)
     ):
         return NotImplemented
@@ -137,8 +138,7 @@ def _as_tuples(numbers: Any) -> Any:
 
 def _entry(w: AbstractScaledArray, i: Array) -> AbstractScaledArray:
     leaves = {
-        name: remove_axis(dynamic_slice(leaf, 0, w.shape[0], i, 1), 0)
-        for name, leaf in w.leaves().items()
+        name: remove_axis(dynamic_slice(leaf, 0, i, 1), 0) for name, leaf in w.leaves().items()
     }
     return w.with_leaves(leaves)
 

@@ -33,7 +33,6 @@ from .._dispatch import (
     transparent,
 )
 from .._implicit import evaluate, implicit, is_implicit
-from .._tiles import EACH, Leaf, spread
 
 
 def _structure(x: Any) -> Any:
@@ -157,17 +156,8 @@ def scan_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -
 
 def _sliceable(primitive: Any, x: Any, axes: Sequence[int] = (0,)) -> Any:
     """`x` with every leaf as long as `x` is along `axes`, to be cut or joined there as a pytree."""
-    if not isinstance(x, AbstractScaledArray):
-        return _make_dense(primitive, x, "cut")
-    moved: dict[str, Leaf] = {}
-    for name, leaf in x.leaves().items():
-        for axis in axes:
-            if leaf.array.shape[axis] != x.shape[axis]:
-                if leaf.ordered:
-                    return _make_dense(primitive, x, "cut along its packed axis")
-                leaf = leaf.with_axis(axis, spread(leaf, x.shape, [axis]), EACH)
-        moved[name] = leaf
-    return x.with_leaves(moved)
+    cut = x.sliceable(axes) if is_implicit(x) else x
+    return _make_dense(primitive, x, "cut along its packed axis") if cut is None else cut
 
 
 def _first(xs: Any) -> Any:
@@ -423,29 +413,71 @@ def custom_vmap_call_any(primitive: Any, *operands: QuantizedArray | Array, **pa
 def shard_map_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
     mesh = params["mesh"]
 
+    flat = [x.unnested() if isinstance(x, AbstractScaledArray) else x for x in operands]
+
     def specs(x: Any, spec: PartitionSpec) -> Any:
         if not isinstance(x, AbstractScaledArray):
             return spec
-        leaves = {
-            name: leaf._replace(array=_sharding.leaf_spec(leaf, name, x.shape, spec, mesh))
-            for name, leaf in x.leaves().items()
+        return {
+            name: _sharding.leaf_spec(leaf, name, spec, mesh) for name, leaf in x.leaves().items()
         }
-        names = [jtu.keystr(path, simple=True) for path, _ in jtu.tree_leaves_with_path(x)]
-        return jtu.tree_unflatten(jtu.tree_structure(x), [leaves[name].array for name in names])
 
-    def body(*args: Any) -> list[Any]:
+    def body(*shards: Any) -> list[Any]:
+        args = [
+            _shard(x, _varying_alike(shard, spec, params["check_vma"]))
+            if isinstance(x, AbstractScaledArray)
+            else shard
+            for x, shard, spec in zip(flat, shards, in_specs, strict=True)
+        ]
         # One spec serves all leaves of an output where all are as long as it along split axes.
         return [
             _sliceable(primitive, x, [i for i, names in enumerate(spec) if names is not None])
             for x, spec in zip(evaluate(params["jaxpr"], args), params["out_specs"], strict=True)
         ]
 
+    in_specs = tuple(specs(x, s) for x, s in zip(flat, params["in_specs"], strict=True))
     mapped = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=tuple(specs(x, s) for x, s in zip(operands, params["in_specs"], strict=True)),
+        in_specs=in_specs,
         out_specs=list(params["out_specs"]),
         check_vma=params["check_vma"],
         axis_names=set(params["newly_manual_axes"]),
     )
-    return mapped(*operands)
+    return mapped(*[_arrays(x) if isinstance(x, AbstractScaledArray) else x for x in flat])
+
+
+def _arrays(x: AbstractScaledArray) -> dict[str, Array]:
+    return {name: leaf.array for name, leaf in x.leaves().items()}
+
+
+def _varying_alike(
+    arrays: dict[str, Array], specs: dict[str, PartitionSpec], check_vma: bool
+) -> dict[str, Array]:
+    """The leaves of a shard, each varying over the mesh axes over which one of them does: they will be
+    combined."""
+    if not check_vma:
+        return arrays
+    own = {name: _sharding.names_of(spec) for name, spec in specs.items()}
+    every = frozenset().union(*own.values())
+    return {
+        name: lax.pcast(array, tuple(every - own[name]), to="varying")
+        if every - own[name]
+        else array
+        for name, array in arrays.items()
+    }
+
+
+def _shard(x: AbstractScaledArray, arrays: dict[str, Array]) -> AbstractScaledArray:
+    """The part of `x` of which one device holds these arrays."""
+    leaves = x.leaves()
+    payload, held = leaves[x.payload], arrays[x.payload].shape
+    shape = tuple(
+        length if here == stored else here // tile.stored * tile.size
+        for length, stored, here, tile in zip(
+            x.shape, payload.array.shape, held, payload.tiles, strict=True
+        )
+    )
+    return x.with_leaves(
+        {name: leaf._replace(array=arrays[name], shape=shape) for name, leaf in leaves.items()}
+    )

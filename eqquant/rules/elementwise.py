@@ -74,7 +74,8 @@ def _by_scalar(
     primitive: Any, x: AbstractScaledArray, scalar: Array, operands: Any, params: Any
 ) -> Any:
     result_dtype = params.get("out_dtype") or params.get("preferred_element_type")
-    if scalar.ndim or scalar.dtype != x.dtype or result_dtype not in (None, x.dtype):
+    plain = scalar.dtype == x.dtype and jnp.issubdtype(x.dtype, jnp.floating)
+    if scalar.ndim or not plain or result_dtype not in (None, x.dtype):
         return elementwise_dense(primitive, *operands, **params)
     return _rescaled(x, lambda scale: primitive.bind(scale, scalar.astype(scale.dtype), **params))
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import Array, lax
 
-from .. import _tiles
+from .. import tiles
 from .._array import AbstractScaledArray, QuantizedArray
 from .._dispatch import densify, register, transparent
-from .._tiles import constant_tile, EACH, Leaf, Tile, Unaligned
+from ..tiles import constant_tile, EACH, Leaf, Tile, Unaligned
 from .structural import leafwise
 
 
@@ -39,9 +39,7 @@ def gather_scaled(
     **params: Any,
 ) -> Any:
     """Gathers codes and scales alike, then decodes what was gathered."""
-    result = leafwise(
-        x, lambda leaf: _gather(leaf, x.shape, indices, dimension_numbers, slice_sizes)
-    )
+    result = leafwise(x, lambda leaf: _gather(leaf, indices, dimension_numbers, slice_sizes))
     if result is NotImplemented:
         return NotImplemented
     fills = lax.GatherScatterMode.from_any(mode) == lax.GatherScatterMode.FILL_OR_DROP
@@ -60,20 +58,21 @@ def gather_scaled(
     )
 
 
-def _gather(
-    leaf: Leaf, shape: Sequence[int], indices: Array, numbers: Any, slice_sizes: Sequence[int]
-) -> Leaf:
+def _gather(leaf: Leaf, indices: Array, numbers: Any, slice_sizes: Sequence[int]) -> Leaf:
+    dropped = {int(i) for i in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)}
+    if any(leaf.is_packed_along(axis) for axis in dropped):
+        raise Unaligned
     sizes = list(slice_sizes)
-    tiles: list[Tile] = list(leaf.tiles)
+    covers: list[Tile] = list(leaf.tiles)
     columns = [indices[..., i] for i in range(len(numbers.start_index_map))]
-    for axis, length in enumerate(shape):
+    for axis, length in enumerate(leaf.shape):
         stored, tile = leaf.array.shape[axis], leaf.tiles[axis]
         if axis in numbers.operand_batching_dims:
             if stored != length:
                 raise Unaligned
         elif leaf.is_constant_along(axis):
             sizes[axis] = min(1, slice_sizes[axis])
-            tiles[axis] = constant_tile(slice_sizes[axis])
+            covers[axis] = constant_tile(slice_sizes[axis])
             if axis in numbers.start_index_map:
                 column = numbers.start_index_map.index(axis)
                 columns[column] = jnp.zeros_like(columns[column])
@@ -84,17 +83,19 @@ def _gather(
                 raise Unaligned
             column = numbers.start_index_map.index(axis)
             columns[column] = jnp.clip(columns[column], 0, length - 1) // tile.size
-            tiles[axis] = EACH
+            covers[axis] = EACH
         elif tile.size > 1:
             raise Unaligned
     moved = jnp.stack(columns, axis=-1) if columns else indices
     gathered = lax.gather(leaf.array, moved, numbers, tuple(sizes), mode=lax.GatherScatterMode.CLIP)
-    dropped = set(numbers.collapsed_slice_dims) | set(numbers.operand_batching_dims)
-    window = iter([tiles[axis] for axis in range(len(shape)) if axis not in dropped])
-    out_tiles = tuple(
-        next(window) if i in numbers.offset_dims else EACH for i in range(gathered.ndim)
+    window = iter(
+        [(slice_sizes[axis], covers[axis]) for axis in range(len(sizes)) if axis not in dropped]
     )
-    return Leaf(gathered, out_tiles, leaf.ordered)
+    axes = [
+        next(window) if i in numbers.offset_dims else (n, EACH)
+        for i, n in enumerate(gathered.shape)
+    ]
+    return Leaf(gathered, tuple(n for n, _ in axes), tuple(t for _, t in axes), leaf.ordered)
 
 
 # ------------------------------------------------------------------------------- dynamic slices
@@ -106,7 +107,7 @@ def dynamic_slice_scaled(
 ) -> Any:
     def move(leaf: Leaf) -> Leaf:
         for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
-            leaf = _tiles.dynamic_slice(leaf, axis, x.shape[axis], start, size)
+            leaf = tiles.dynamic_slice(leaf, axis, start, size)
         return leaf
 
     return leafwise(x, move)

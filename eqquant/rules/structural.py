@@ -16,15 +16,14 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
-from .. import _tiles
+from .. import tiles
 from .._array import AbstractScaledArray, QuantizedArray
 from .._dispatch import ImplicitArray, register
-from .._tiles import Leaf, Unaligned
+from ..tiles import Leaf, Unaligned
 
 
 class TransposedView(ImplicitArray):
@@ -46,7 +45,7 @@ class TransposedView(ImplicitArray):
         return self.array.dtype
 
     def settle(self) -> AbstractScaledArray:
-        return leafwise(self.array, lambda leaf: _tiles.transpose(leaf, self.permutation))
+        return leafwise(self.array, lambda leaf: tiles.transpose(leaf, self.permutation))
 
     def materialize(self) -> Array:
         return lax.transpose(self.array.materialize(), self.permutation)
@@ -80,8 +79,7 @@ def reshape_scaled(
     if params.get("sharding") is not None:
         return NotImplemented
     order = range(x.ndim) if dimensions is None else dimensions
-    shape = [x.shape[axis] for axis in order]
-    return leafwise(x, lambda leaf: _tiles.reshape(_tiles.transpose(leaf, order), shape, new_sizes))
+    return leafwise(x, lambda leaf: tiles.reshape(tiles.transpose(leaf, order), new_sizes))
 
 
 @register(lax.broadcast_in_dim_p)
@@ -101,9 +99,9 @@ def broadcast_in_dim_scaled(
         source = dict(zip(broadcast_dimensions, x.shape, strict=True))
         for axis, length in enumerate(shape):
             if axis not in source:
-                leaf = _tiles.insert_axis(leaf, axis)
+                leaf = tiles.insert_axis(leaf, axis)
             if source.get(axis, 1) != length:
-                leaf = _tiles.widen(leaf, axis, length)
+                leaf = tiles.widen(leaf, axis, length)
         return leaf
 
     return leafwise(x, move)
@@ -115,7 +113,7 @@ def squeeze_scaled(
 ) -> Any:
     def move(leaf: Leaf) -> Leaf:
         for axis in sorted((d % x.ndim for d in dimensions), reverse=True):
-            leaf = _tiles.remove_axis(leaf, axis)
+            leaf = tiles.remove_axis(leaf, axis)
         return leaf
 
     return as_activation(leafwise(x, move), x)
@@ -136,8 +134,8 @@ def slice_scaled(
 
 def _slice(x: AbstractScaledArray, starts: Any, stops: Any, strides: Any) -> Any:
     def move(leaf: Leaf) -> Leaf:
-        for axis, bounds in enumerate(zip(x.shape, starts, stops, strides, strict=True)):
-            leaf = _tiles.reslice(leaf, axis, *map(int, bounds))
+        for axis, bounds in enumerate(zip(starts, stops, strides, strict=True)):
+            leaf = tiles.reslice(leaf, axis, *map(int, bounds))
         return leaf
 
     return leafwise(x, move)
@@ -154,7 +152,7 @@ def as_activation(result: Any, x: AbstractScaledArray) -> Any:
 def rev_scaled(primitive: Any, x: AbstractScaledArray, *, dimensions: Any, **params: Any) -> Any:
     def move(leaf: Leaf) -> Leaf:
         for axis in dimensions:
-            leaf = _tiles.reverse(leaf, axis, x.shape[axis])
+            leaf = tiles.reverse(leaf, axis)
         return leaf
 
     return leafwise(x, move)
@@ -182,7 +180,8 @@ def unstack_scaled(primitive: Any, x: AbstractScaledArray, *, axis: int, **param
     pieces = _pieces(x, axis, [1] * x.shape[axis])
     if pieces is NotImplemented:
         return NotImplemented
-    return [squeeze_scaled(lax.squeeze_p, piece, dimensions=(axis,)) for piece in pieces]
+    rows = [squeeze_scaled(lax.squeeze_p, piece, dimensions=(axis,)) for piece in pieces]
+    return rows if all(row is not NotImplemented for row in rows) else NotImplemented
 
 
 def join(arrays: Sequence[Any], axis: int) -> Any:
@@ -198,10 +197,7 @@ def join(arrays: Sequence[Any], axis: int) -> Any:
         return arrays[kept[0]] if kept else first
     leaves = [arrays[i].leaves() for i in kept]
     try:
-        joined = {
-            name: _tiles.join([each[name] for each in leaves], axis, [lengths[i] for i in kept])
-            for name in leaves[0]
-        }
+        joined = {name: tiles.join([each[name] for each in leaves], axis) for name in leaves[0]}
         return first.with_leaves(joined)
     except Unaligned:
         return NotImplemented
@@ -218,7 +214,7 @@ def concatenate_any(
 def stack_any(primitive: Any, *arrays: QuantizedArray | Array, axis: int, **params: Any) -> Any:
     if not all(isinstance(x, AbstractScaledArray) for x in arrays):
         return NotImplemented
-    rows = [leafwise(x, lambda leaf: _tiles.insert_axis(leaf, axis)) for x in arrays]  # pyright: ignore
+    rows = [leafwise(x, lambda leaf: tiles.insert_axis(leaf, axis)) for x in arrays]  # pyright: ignore
     return NotImplemented if any(row is NotImplemented for row in rows) else join(rows, axis)
 
 
@@ -235,12 +231,12 @@ def tile_scaled(primitive: Any, x: AbstractScaledArray, *, reps: Any, **params: 
 def pad_scaled(
     primitive: Any, x: AbstractScaledArray, value: Array, *, padding_config: Any, **params: Any
 ) -> Any:
-    if isinstance(value, Tracer) or not x.has_zero_code or jnp.asarray(value) != 0:
+    if isinstance(value, Tracer) or not x.has_zero_code or np.asarray(value) != 0:
         return NotImplemented
 
     def move(leaf: Leaf) -> Leaf:
         for axis, (low, high, interior) in enumerate(padding_config):
-            leaf = _tiles.pad(leaf, axis, x.shape[axis], int(low), int(high), int(interior))
+            leaf = tiles.pad(leaf, axis, int(low), int(high), int(interior))
         return leaf
 
     return leafwise(x, move)

@@ -1,0 +1,86 @@
+"""A step of training adapters over a frozen base: in 4 bits, next to the dense base in float32.
+
+python benchmarks/bench_training.py [--width 1024] [--layers 12] [--tokens 128] [--runs 7]
+
+Time, and the memory that XLA plans: arguments and temporaries of the compiled step.
+"""
+
+import argparse
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from _measure import interleaved, machine, save, seconds
+from models import Transformer
+
+import eqquant as eqq
+
+
+BASES = {
+    "dense float32": None,
+    "ArrayNF4, double": partial(eqq.ArrayNF4.quantize, double=True),
+    "Array8B": eqq.Array8B.quantize,
+}
+BASELINE = "dense float32"
+OPTIMIZER = optax.adam(1e-3)
+
+
+def compiled_step(dense: Any, how: Any, x: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The compiled step, and its arguments."""
+    base = dense if how is None else eqq.quantize(dense, how)
+    model = eqq.lora.add(base, rank=8, key=jax.random.key(1))
+    trained, frozen = eqx.partition(model, eqq.lora.adapters(model))
+    frozen, static = eqx.partition(frozen, eqx.is_array)
+
+    @jax.jit
+    def step(trained: Any, state: Any, frozen: Any, x: Any) -> Any:
+        def loss(trained: Any) -> Any:
+            model = eqx.combine(trained, frozen, static)
+            return jnp.mean((eqq.implicit(lambda model, x: model(x))(model, x) - x) ** 2)
+
+        gradient = jax.grad(loss)(trained)
+        updates, state = OPTIMIZER.update(gradient, state)
+        return eqx.apply_updates(trained, updates), state
+
+    arguments = (trained, OPTIMIZER.init(trained), frozen, x)
+    return step.lower(*arguments).compile(), arguments
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=7)
+    args = parser.parse_args()
+
+    dense = Transformer(args.layers, args.width, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(2), (args.tokens, args.width))
+    candidates, memory = {}, {}
+    for name, how in BASES.items():
+        step, arguments = compiled_step(dense, how, x)
+        planned = step.memory_analysis()
+        memory[name] = planned.argument_size_in_bytes + planned.temp_size_in_bytes
+        candidates[name] = partial(seconds, partial(step, *arguments))
+        candidates[name]()
+    found = interleaved(candidates, args.runs, BASELINE)
+    print(machine())
+    print(
+        f"{args.layers} layers of width {args.width}, {args.tokens} tokens, adapters of rank 8 on all "
+        f"weights; {args.runs} interleaved runs"
+    )
+    print(f"{'base':20}{'seconds':>9}{'time / dense':>24}{'MB':>9}{'memory / dense':>16}")
+    for name, t in found.items():
+        ratio = f"{t['ratio']:.2f} ({t['low']:.2f}-{t['high']:.2f})"
+        share = memory[name] / memory[BASELINE]
+        print(f"{name:20}{t['median']:9.3f}{ratio:>24}{memory[name] / 1e6:9.0f}{share:16.2f}")
+        found[name]["bytes"] = memory[name]
+    shape = {"layers": args.layers, "width": args.width, "tokens": args.tokens}
+    save("training", {**shape, "runs": args.runs, "bases": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""One hypothesis strategy for each format: it draws the stored leaves, not the output of `quantize`.
+
+Rules have to hold for every legal array, so scales are of any sign and layout, any axis is packed,
+and codes take every value they may take.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+
+from ..formats import Array1B, Array8B, ArrayNF4, RSROperatorBinary, RSROperatorTernary
+from ..formats.nested import GROUP, NestedScale
+from ..tiles import Packing, Tile
+
+
+# Few shapes: each new one is a compilation. Lengths that blocks of 2 and 3 divide or do not.
+SHAPES = {1: [(6,)], 2: [(4, 6), (1, 5)], 3: [(2, 4, 6)]}
+"""The shapes of drawn arrays, by their number of axes."""
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+"""The dtypes of drawn arrays."""
+
+FORMATS: dict[str, Callable[..., st.SearchStrategy]] = {}
+"""By the name of a format, a function of shape and dtype: the strategy of such arrays."""
+
+
+def strategy_for(format: type) -> Callable[[Callable[..., Any]], Any]:
+    """Registers the strategy of a format: decorates `(draw, shape, dtype) -> array`."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        FORMATS[format.__name__] = st.composite(function)
+        return FORMATS[format.__name__]
+
+    return register
+
+
+def arrays(shape: Sequence[int], dtype: Any = jnp.float32) -> st.SearchStrategy:
+    """Quantized arrays of this shape and dtype, of all registered formats."""
+    return st.one_of(*(strategy(tuple(shape), dtype) for strategy in FORMATS.values()))
+
+
+# --------------------------------------------------------------------------- parts of strategies
+
+
+def generator(draw: Any) -> np.random.Generator:
+    """A generator of random numbers that hypothesis controls."""
+    return np.random.default_rng(draw(st.integers(0, 2**16)))
+
+
+def scales(draw: Any, shape: Sequence[int], block_size: int | None = 2) -> Any:
+    """A scale for `shape`: along each axis one for all, one each, or one for each block."""
+    rng = generator(draw)
+    stored = [
+        draw(st.sampled_from([1, n] + ([-(-n // block_size)] if block_size else []))) for n in shape
+    ]
+    sign = rng.choice([-1.0, 1.0], stored)
+    return jnp.asarray(sign * np.exp(rng.uniform(-3, 3, stored)), jnp.float32)
+
+
+def packings(draw: Any, shape: Sequence[int], count: int, stored: int = 1) -> Packing:
+    """A packing of any axis, `count` elements in a stored number, tiles of `stored` numbers."""
+    axis = draw(st.integers(-len(shape), -1))
+    return Packing(axis, shape[axis], Tile(count * stored, stored))
+
+
+def payloads(draw: Any, shape: Sequence[int], packing: Packing, dtype: Any, bits: int = 8) -> Any:
+    """Random stored numbers for a logical shape, packed along one axis."""
+    stored = list(shape)
+    stored[packing.axis] = packing.stored
+    return jnp.asarray(generator(draw).integers(0, 2**bits, stored), dtype)
+
+
+# ------------------------------------------------------------------------------------ the formats
+
+
+@strategy_for(Array8B)
+def array8b(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array8B:
+    block_size = draw(st.sampled_from([None, 2, 3]))
+    codes = generator(draw).integers(-127, 128, shape)
+    scale = scales(draw, shape, block_size)
+    return Array8B(scale, jnp.asarray(codes, jnp.int8), dtype=dtype, block_size=block_size)
+
+
+@strategy_for(ArrayNF4)
+def array_nf4(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> ArrayNF4:
+    if draw(st.integers(0, 7)) == 0:  # what comes of an array without axes
+        codes = jnp.asarray(generator(draw).integers(0, 16, shape), jnp.uint8)
+        return ArrayNF4(codes, scales(draw, shape, None), dtype=dtype)
+    packing = packings(draw, shape, 2, draw(st.sampled_from([1, 2])))
+    packed = payloads(draw, shape, packing, jnp.uint8)
+    absmax = scales(draw, shape, packing.tile.size)
+    if draw(st.integers(0, 3)) == 0:
+        codes = jnp.asarray(generator(draw).integers(0, 256, absmax.shape), jnp.uint8)
+        groups = scales(draw, (-(-absmax.size // GROUP),), None)
+        absmax = NestedScale(codes, groups, jnp.asarray(draw(st.sampled_from([0.5, -2.0]))))
+    return ArrayNF4(packed, absmax, packing=packing, dtype=dtype)
+
+
+@strategy_for(Array1B)
+def array1b(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array1B:
+    levels, count = draw(st.sampled_from([("ternary", 5), ("binary", 8)]))
+    if draw(st.integers(0, 7)) == 0:  # what comes of an array without axes
+        codes = jnp.asarray(generator(draw).integers(0, 256, shape), jnp.uint8)
+        return Array1B(codes, scales(draw, shape, None), levels=levels, packing=None, dtype=dtype)
+    packing = packings(draw, shape, count)
+    block_size = draw(st.sampled_from([None, 2, 3]))
+    scale = scales(draw, shape, block_size) if draw(st.booleans()) else None
+    weight = payloads(draw, shape, packing, jnp.uint8)
+    return Array1B(
+        weight, scale, levels=levels, packing=packing, block_size=block_size, dtype=dtype
+    )
+
+
+@strategy_for(RSROperatorBinary)
+def rsr_binary(
+    draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32, packing: Packing | None = None
+) -> RSROperatorBinary:
+    scale = scales(draw, shape, None) if packing is None and draw(st.booleans()) else None
+    packing = packing or packings(draw, shape, draw(st.sampled_from([1, 3, 11])))
+    word = jnp.uint8 if packing.elements <= 8 else jnp.uint16
+    codes = payloads(draw, shape, packing, word, packing.elements)
+    return RSROperatorBinary(codes, packing=packing, scale=scale, dtype=dtype)
+
+
+@strategy_for(RSROperatorTernary)
+def rsr_ternary(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> RSROperatorTernary:
+    packing = packings(draw, shape, draw(st.sampled_from([2, 8])))
+    plus, minus = (draw(rsr_binary(shape, dtype, packing)) for _ in range(2))
+    scale = scales(draw, shape, None) if draw(st.booleans()) else None
+    return RSROperatorTernary(plus, minus, scale=scale)

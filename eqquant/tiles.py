@@ -1,0 +1,425 @@
+"""How the stored leaves of a quantized array cover its logical axes.
+
+Every leaf has the rank of the logical array, and along each axis it covers the logical axis in
+equal tiles (the last may be partial). `Packing` says how a payload that holds several elements in
+one stored number does so. The functions below it move a leaf through one structural operation, or
+raise `Unaligned` where the result would not be a regular tiling any more.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Unaligned(Exception):
+    """The result of a structural operation has no packed form."""
+
+
+class Tile(NamedTuple):
+    """Along one axis, `size` consecutive logical elements are held in `stored` stored elements."""
+
+    size: int
+    stored: int = 1
+
+
+EACH = Tile(1)
+"""One stored element for one logical element."""
+
+
+class Leaf(NamedTuple):
+    """A stored array, the shape of the logical array, and the tile along each axis.
+
+    An `ordered` leaf (a payload) says something about each element of a tile; any other leaf (a
+    scale) holds one value for the whole tile.
+    """
+
+    array: Any
+    shape: tuple[int, ...]
+    tiles: tuple[Tile, ...]
+    ordered: bool
+
+    def with_axis(self, axis: int, array: Any, tile: Tile, length: int) -> "Leaf":
+        """This leaf with another array, that has this tile and logical length along `axis`."""
+        shape = (*self.shape[:axis], length, *self.shape[axis + 1 :])
+        tiles = (*self.tiles[:axis], tile, *self.tiles[axis + 1 :])
+        return Leaf(array, shape, tiles, self.ordered)
+
+    def is_constant_along(self, axis: int) -> bool:
+        """Whether one value holds for the whole axis."""
+        return not self.ordered and self.array.shape[axis] == 1
+
+    def is_packed_along(self, axis: int) -> bool:
+        """Whether a stored element holds something about several elements of this axis."""
+        return self.ordered and self.tiles[axis].size != 1
+
+
+def constant_tile(length: int) -> Tile:
+    """One stored element for a whole axis of this length."""
+    return Tile(max(length, 1))
+
+
+# ------------------------------------------------------------------------- from and to the fields
+
+
+class Packing(NamedTuple):
+    """How one axis of a payload holds several elements in one stored number.
+
+    Tiles are *planar*: with `tile = Tile(size, stored)`, stored element `j` of a tile holds the
+    logical elements `j`, `j + stored`, `j + 2 stored`, ... of it. So no kernel has to interleave.
+    The last tile is filled up with zeros; `length` says where the array ends.
+    """
+
+    axis: int
+    """The packed axis, counted from the end: `vmap` and `scan` add and remove axes at the front."""
+    length: int
+    """How many logical elements the axis has."""
+    tile: Tile
+
+    @property
+    def elements(self) -> int:
+        """How many logical elements one stored element holds."""
+        return self.tile.size // self.tile.stored
+
+    @property
+    def stored(self) -> int:
+        """How many stored elements the axis has."""
+        return -(-self.length // self.tile.size) * self.tile.stored
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raises `ValueError` unless a payload of this shape can be packed so."""
+        if -self.axis > len(shape) or shape[self.axis] != self.stored:
+            raise ValueError(
+                f"The packed axis {self.axis} of a quantized array should have {self.stored} stored "
+                f"elements, but its payload has shape {tuple(shape)}: was that axis cut or moved by "
+                "vmap or scan? Only other axes can be; materialize the array first."
+            )
+
+    def split(self, x: Array) -> list[Array]:
+        """The planes of a logical array: the first holds the first element of each stored number."""
+        axis = self.axis % x.ndim
+        tiles = -(-self.length // self.tile.size)
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, tiles * self.tile.size - self.length)
+        split = (tiles, self.elements, self.tile.stored)
+        x = jnp.pad(x, padding).reshape(*x.shape[:axis], *split, *x.shape[axis + 1 :])
+        stored = (*x.shape[:axis], self.stored, *x.shape[axis + 3 :])
+        return [lax.index_in_dim(x, i, axis + 1).reshape(stored) for i in range(self.elements)]
+
+    def merge(self, planes: Sequence[Array]) -> Array:
+        """The inverse of `split`."""
+        shape = planes[0].shape
+        self.check(shape)
+        axis = self.axis % len(shape)
+        tiles = shape[axis] // self.tile.stored
+        split = (*shape[:axis], tiles, 1, self.tile.stored, *shape[axis + 1 :])
+        x = lax.concatenate([plane.reshape(split) for plane in planes], axis + 1)
+        x = x.reshape(*shape[:axis], tiles * self.tile.size, *shape[axis + 1 :])
+        return lax.slice_in_dim(x, 0, self.length, axis=axis)
+
+
+def payload_leaf(array: Any, packing: Packing | None) -> Leaf:
+    """A payload with one stored element for each logical one, except along a packed axis.
+
+    **Raises:** `ValueError` if the packed axis of `array` does not hold what `packing` says.
+    """
+    tiles, shape = [EACH] * array.ndim, list(array.shape)
+    if packing is not None:
+        packing.check(shape)
+        tiles[packing.axis], shape[packing.axis] = packing.tile, packing.length
+    return Leaf(array, tuple(shape), tuple(tiles), ordered=True)
+
+
+def packing_of(leaf: Leaf) -> Packing | None:
+    """The inverse of `payload_leaf`."""
+    packed = [axis for axis in range(len(leaf.tiles)) if leaf.is_packed_along(axis)]
+    if not packed:
+        return None
+    if len(packed) > 1:
+        raise Unaligned
+    (axis,) = packed
+    return Packing(axis - len(leaf.tiles), leaf.shape[axis], leaf.tiles[axis])
+
+
+def scale_leaf(scale: Any, shape: Sequence[int], block_size: int | None = None) -> Leaf:
+    """A scale of the rank of `shape`: along each axis one for all, one each, or one for every
+    `block_size` elements."""
+    tiles = []
+    for stored, length in zip(scale.shape, shape, strict=True):
+        if stored == 1:
+            tiles.append(constant_tile(length))
+        elif stored == length:
+            tiles.append(EACH)
+        else:
+            tiles.append(Tile(block_size or 0))
+    return Leaf(scale, tuple(shape), tuple(tiles), ordered=False)
+
+
+def scale_block_size(leaf: Leaf) -> int | None:
+    """The inverse of `scale_leaf`: the one block size among the tiles of a scale."""
+    sizes = {
+        tile.size
+        for axis, tile in enumerate(leaf.tiles)
+        if tile.size > 1 and not leaf.is_constant_along(axis)
+    }
+    if len(sizes) > 1:
+        raise Unaligned
+    return sizes.pop() if sizes else None
+
+
+def check_scale(name: str, scale: Any, shape: Sequence[int], block_size: int | None) -> None:
+    """Raises `ValueError` unless `scale_leaf` has a meaning for these arguments."""
+    if scale.ndim != len(shape):
+        raise ValueError(
+            f"{name} must have the rank of the array (keep reduced axes at length 1); {name} has "
+            f"shape {scale.shape}, the array {tuple(shape)}."
+        )
+    for axis, (stored, length) in enumerate(zip(scale.shape, shape, strict=True)):
+        blocks = -(-length // block_size) if block_size else 1
+        if stored not in (1, length, blocks):
+            raise ValueError(
+                f"{name} has {stored} entries along axis {axis}, where the array has {length} and "
+                f"block_size is {block_size}: expected 1, {length} or {blocks}."
+            )
+
+
+def spread(leaf: Leaf, axes: Sequence[int] | None = None) -> Array:
+    """A scale with one stored element for each logical one along `axes` (all by default).
+
+    Along the other axes it is left as it is; an axis of constant scale stays at length 1 unless
+    named in `axes`.
+    """
+    array = leaf.array
+    for axis, (tile, length) in enumerate(zip(leaf.tiles, leaf.shape, strict=True)):
+        if array.shape[axis] == length or (axes is None and leaf.is_constant_along(axis)):
+            continue
+        if axes is None or axis in axes:
+            if array.shape[axis] == 1:
+                array = lax.broadcast_in_dim(
+                    array,
+                    (*array.shape[:axis], length, *array.shape[axis + 1 :]),
+                    range(array.ndim),
+                )
+            else:
+                array = repeat(array, tile.size, axis, length)
+    return array
+
+
+def repeat(array: Array, times: int, axis: int, length: int) -> Array:
+    """Each entry of `axis` so many times, the last ones left out beyond `length`."""
+    # Not jnp.repeat: with explicit mesh axes it asks how to split the result.
+    axis %= array.ndim
+    before, after = array.shape[: axis + 1], array.shape[axis + 1 :]
+    others = [i for i in range(array.ndim + 1) if i != axis + 1]
+    array = lax.broadcast_in_dim(array, (*before, times, *after), others)
+    array = array.reshape(*before[:-1], before[-1] * times, *after)
+    return lax.slice_in_dim(array, 0, length, axis=axis)
+
+
+# ------------------------------------------------------------------------- structural operations
+
+
+def reslice(leaf: Leaf, axis: int, start: int, stop: int, stride: int = 1) -> Leaf:
+    """`leaf` of the logical array sliced `[start:stop:stride]` along `axis`."""
+    indices, length = range(start, stop, stride), leaf.shape[axis]
+    if len(indices) == length:
+        return leaf
+    (size, stored), array = leaf.tiles[axis], leaf.array
+    if leaf.is_constant_along(axis):
+        return leaf.with_axis(axis, array, constant_tile(len(indices)), len(indices))
+    if size == 1:
+        array = lax.slice_in_dim(array, start, stop, stride, axis)
+        return leaf.with_axis(axis, array, EACH, len(indices))
+    if not leaf.ordered and len(indices) and start // size == indices[-1] // size:
+        one = lax.slice_in_dim(array, start // size, start // size + 1, axis=axis)
+        return leaf.with_axis(axis, one, constant_tile(len(indices)), len(indices))
+    if stride == 1 and start % size == 0 and (stop % size == 0 or stop == length):
+        end = min(-(-stop // size) * stored, array.shape[axis])
+        array = lax.slice_in_dim(array, start // size * stored, end, axis=axis)
+        return leaf.with_axis(axis, array, leaf.tiles[axis], len(indices))
+    raise Unaligned
+
+
+def reverse(leaf: Leaf, axis: int) -> Leaf:
+    """`leaf` of the logical array reversed along `axis`."""
+    size = leaf.tiles[axis].size
+    if leaf.is_constant_along(axis):
+        return leaf
+    if size == 1 or (not leaf.ordered and leaf.shape[axis] % size == 0):
+        return leaf._replace(array=lax.rev(leaf.array, (axis,)))
+    raise Unaligned
+
+
+def transpose(leaf: Leaf, permutation: Sequence[int]) -> Leaf:
+    """`leaf` of the transposed logical array."""
+    return Leaf(
+        lax.transpose(leaf.array, permutation),
+        tuple(leaf.shape[axis] for axis in permutation),
+        tuple(leaf.tiles[axis] for axis in permutation),
+        leaf.ordered,
+    )
+
+
+def insert_axis(leaf: Leaf, axis: int) -> Leaf:
+    """`leaf` of the logical array with a new axis of length 1 before `axis`."""
+    tiles = (*leaf.tiles[:axis], EACH, *leaf.tiles[axis:])
+    shape = (*leaf.shape[:axis], 1, *leaf.shape[axis:])
+    return Leaf(lax.expand_dims(leaf.array, (axis,)), shape, tiles, leaf.ordered)
+
+
+def remove_axis(leaf: Leaf, axis: int) -> Leaf:
+    """`leaf` of the logical array without its `axis`, which has length 1."""
+    if leaf.is_packed_along(axis):
+        raise Unaligned
+    tiles = leaf.tiles[:axis] + leaf.tiles[axis + 1 :]
+    shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
+    return Leaf(lax.squeeze(leaf.array, (axis,)), shape, tiles, leaf.ordered)
+
+
+def widen(leaf: Leaf, axis: int, length: int) -> Leaf:
+    """`leaf` of the logical array broadcast along `axis`, from length 1 to `length`."""
+    if not leaf.ordered and length:
+        return leaf.with_axis(axis, leaf.array, constant_tile(length), length)
+    if leaf.tiles[axis].size != 1:
+        raise Unaligned
+    array = leaf.array
+    shape = (*array.shape[:axis], length, *array.shape[axis + 1 :])
+    if not leaf.ordered:
+        return leaf.with_axis(axis, array, constant_tile(length), length)
+    array = lax.broadcast_in_dim(array, shape, range(array.ndim))
+    return leaf.with_axis(axis, array, EACH, length)
+
+
+def join(leaves: Sequence[Leaf], axis: int) -> Leaf:
+    """The leaf of logical arrays concatenated along `axis`."""
+    first, lengths = leaves[0], [leaf.shape[axis] for leaf in leaves]
+    for other in range(len(first.tiles)):
+        if other != axis and len({_shape_along(leaf, other) for leaf in leaves}) > 1:
+            raise Unaligned
+    sizes = {leaf.tiles[axis] for leaf, length in zip(leaves[:-1], lengths, strict=False) if length}
+    tile = sizes.pop() if sizes else leaves[-1].tiles[axis]
+    last = leaves[-1].tiles[axis]
+    fits_last = last == tile or (
+        leaves[-1].is_constant_along(axis) and lengths[-1] <= tile.size and not first.ordered
+    )
+    whole = all(n % tile.size == 0 for n in lengths[:-1])
+    if sizes or not fits_last or not whole or any(n == 0 for n in lengths):
+        raise Unaligned
+    array = lax.concatenate([leaf.array for leaf in leaves], axis)
+    return first.with_axis(axis, array, tile, sum(lengths))
+
+
+def _shape_along(leaf: Leaf, axis: int) -> tuple[Tile, int]:
+    return leaf.tiles[axis], leaf.array.shape[axis]
+
+
+def pad(leaf: Leaf, axis: int, low: int, high: int, interior: int) -> Leaf:
+    """`leaf` of the logical array padded (`lax.pad`) along `axis`, where the code 0 means the
+    value 0. Scales of new elements are 1; they multiply codes that are 0."""
+    length = leaf.shape[axis]
+    new_length = low + high + length + max(length - 1, 0) * interior
+    if (low, high, interior) == (0, 0, 0):
+        return leaf
+    if leaf.is_constant_along(axis):
+        return leaf.with_axis(axis, leaf.array, constant_tile(new_length), new_length)
+    if leaf.tiles[axis].size != 1:
+        raise Unaligned
+    config = [(0, 0, 0)] * leaf.array.ndim
+    config[axis] = (low, high, interior)
+    filler = jnp.zeros((), leaf.array.dtype) if leaf.ordered else jnp.ones((), leaf.array.dtype)
+    return leaf.with_axis(axis, lax.pad(leaf.array, filler, config), EACH, new_length)
+
+
+def dynamic_slice(leaf: Leaf, axis: int, start: Any, size: int) -> Leaf:
+    """`leaf` of the logical array sliced `[start : start + size]`, `start` known at run time."""
+    length = leaf.shape[axis]
+    if size == length:
+        return leaf
+    if leaf.is_constant_along(axis):
+        return leaf.with_axis(axis, leaf.array, constant_tile(size), size)
+    start = jnp.clip(start, 0, length - size)
+    if leaf.tiles[axis].size == 1:
+        array = lax.dynamic_slice_in_dim(leaf.array, start, size, axis)
+        return leaf.with_axis(axis, array, EACH, size)
+    if not leaf.ordered and size == 1:
+        array = lax.dynamic_slice_in_dim(leaf.array, start // leaf.tiles[axis].size, 1, axis)
+        return leaf.with_axis(axis, array, EACH, 1)
+    raise Unaligned
+
+
+def reshape(leaf: Leaf, new_shape: Sequence[int]) -> Leaf:
+    """`leaf` of the logical array reshaped to `new_shape`, in row-major order."""
+    shape = leaf.shape
+    packed_alone = any(n == 1 and leaf.is_packed_along(axis) for axis, n in enumerate(shape))
+    if 0 in shape or packed_alone:
+        raise Unaligned
+    tiles = [EACH] * len(new_shape)
+    stored = [1] * len(new_shape)
+    for old, new in _matching_axes(shape, new_shape):
+        flat, count = _merge(leaf, old)
+        for axis, tile, n in _split(flat, count, leaf.ordered, new, new_shape):
+            tiles[axis], stored[axis] = tile, n
+    return Leaf(lax.reshape(leaf.array, stored), tuple(new_shape), tuple(tiles), leaf.ordered)
+
+
+def _matching_axes(
+    shape: Sequence[int], new_shape: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """The finest groups of consecutive axes that hold the same elements, without axes of length 1."""
+    old = [i for i, n in enumerate(shape) if n != 1]
+    new = [i for i, n in enumerate(new_shape) if n != 1]
+    groups = []
+    while old:
+        left, right = [old.pop(0)], [new.pop(0)]
+        a, b = shape[left[0]], new_shape[right[0]]
+        while a != b:
+            if a < b:
+                left.append(old.pop(0))
+                a *= shape[left[-1]]
+            else:
+                right.append(new.pop(0))
+                b *= new_shape[right[-1]]
+        groups.append((left, right))
+    return groups
+
+
+def _merge(leaf: Leaf, axes: Sequence[int]) -> tuple[Tile, int]:
+    """The tile of the flattened axes, and how many elements of the leaf they hold."""
+    *major, minor = axes
+    shape = leaf.shape
+    tile, count, length = leaf.tiles[minor], leaf.array.shape[minor], shape[minor]
+    if leaf.is_constant_along(minor):
+        tile = constant_tile(length)
+    for axis in reversed(major):
+        n = leaf.array.shape[axis]
+        if count == 1 and not leaf.ordered:  # one value for all that is merged so far
+            size = shape[axis] if n == 1 else leaf.tiles[axis].size
+            tile = Tile(size * length)
+        elif leaf.tiles[axis].size != 1 or n != shape[axis] or length % tile.size:
+            raise Unaligned
+        count, length = count * n, length * shape[axis]
+    return tile, count
+
+
+def _split(
+    tile: Tile, count: int, ordered: bool, axes: Sequence[int], shape: Sequence[int]
+) -> list[tuple[int, Tile, int]]:
+    """The inverse of `_merge`: for each of `axes` its tile and how many elements the leaf holds."""
+    out = []
+    for axis in reversed(axes[1:]):
+        length = shape[axis]
+        if length % tile.size == 0:
+            n = length // tile.size * tile.stored
+            out.append((axis, tile, n))
+            tile = EACH
+        elif not ordered and tile.size % length == 0:
+            n = 1
+            out.append((axis, constant_tile(length), n))
+            tile = Tile(tile.size // length)
+        else:
+            raise Unaligned
+        count //= n
+    if not ordered and count == 1:
+        tile = constant_tile(shape[axes[0]])
+    return [*out, (axes[0], tile, count)]

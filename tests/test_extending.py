@@ -1,0 +1,92 @@
+"""A format of somebody else's, in thirty lines, passes the whole suite of laws."""
+
+from typing import Any, ClassVar
+
+import equinox as eqx
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jaxtyping import Array, Float, UInt8
+
+import eqquant as eqq
+from eqquant import testing
+from eqquant.tiles import Packing, Tile
+
+
+class ArraySmallFloat(eqq.AbstractScaledArray):
+    r"""Stores $x \approx s \cdot \pm 2^{e}$: a sign and one of eight exponents, two numbers in a byte."""
+
+    codes: UInt8[Array, "..."]  # the first of two in the high half
+    scale: Float[Array, "..."]
+    packing: Packing | None = eqx.field(static=True)
+    block_size: int | None = eqx.field(static=True)
+    dtype: np.dtype = eqx.field(static=True)
+    via: tuple[np.dtype, ...] = eqx.field(static=True, default=())
+
+    payload: ClassVar[str] = "codes"
+
+    def planes(self, dtype: Any) -> Any:
+        table = [sign * 2.0**-e for sign in (1, -1) for e in range(8)]
+        halves = (self.codes >> 4, self.codes & 15) if self.packing else (self.codes & 15,)
+        return [jnp.asarray(table, dtype)[half] for half in halves]
+
+    @classmethod
+    def quantize(cls, array: Any) -> "ArraySmallFloat":
+        array = jnp.asarray(array)
+        scale = jnp.max(jnp.abs(array), axis=-1, keepdims=True).astype(jnp.float32)
+        exponent = jnp.clip(jnp.round(-jnp.log2(jnp.abs(array) / scale)), 0, 7)
+        packing = Packing(-1, array.shape[-1], Tile(2))
+        high, low = packing.split((exponent + 8 * (array < 0)).astype(jnp.uint8))
+        return cls((high << 4) | low, scale, packing, None, array.dtype)
+
+
+@st.composite
+def small_floats(draw: Any, shape: Any, dtype: Any = jnp.float32) -> ArraySmallFloat:
+    packing = testing.packings(draw, shape, 2, draw(st.sampled_from([1, 2])))
+    codes = testing.payloads(draw, shape, packing, jnp.uint8)
+    block_size = draw(st.sampled_from([None, 2]))
+    scale = testing.scales(draw, shape, block_size)
+    return ArraySmallFloat(codes, scale, packing, block_size, jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize("law", testing.LAWS)
+def test_every_law_holds(law: str) -> None:
+    for mode in testing.MODES:
+        testing.check_law(law, small_floats, mode, max_examples=3 if mode == "eager" else 1)
+
+
+def test_it_is_used_as_any_other() -> None:
+    model = eqx.nn.MLP(16, 4, 32, 2, key=jax.random.key(0))
+    packed = eqq.quantize(model, ArraySmallFloat.quantize)
+    assert "ArraySmallFloat" in str(eqq.report(model, packed))
+    x = jnp.linspace(-1, 1, 16)
+    with eqq.strict():
+        y = eqx.filter_jit(eqq.implicit(packed))(x)
+    np.testing.assert_allclose(y, eqq.materialize(packed)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_it_meets_the_formats_of_the_library() -> None:
+    w = jax.random.normal(jax.random.key(0), (4, 16))
+    ours, theirs = ArraySmallFloat.quantize(w), eqq.ArrayNF4.quantize(w)
+    with eqq.on_materialize("ignore"):
+        for a, b in ((ours, theirs), (theirs, ours)):
+            got = eqq.implicit(lambda a, b: (a + b, a @ b.T, jnp.concatenate([a, b])))(a, b)
+            a, b = a.materialize(), b.materialize()
+            for g, w in zip(got, (a + b, a @ b.T, jnp.concatenate([a, b])), strict=True):
+                np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rule_for_it_wins_over_the_rule_of_the_family() -> None:
+    used = []
+
+    @eqq.register(lax.neg_p)
+    def neg_small_float(primitive: Any, x: ArraySmallFloat, **params: Any) -> ArraySmallFloat:
+        used.append(primitive)
+        return x.replace(codes=x.codes ^ 0x88)  # the two bits of the signs
+
+    q = ArraySmallFloat.quantize(jnp.asarray([[1.0, -2.0, 4.0]]))
+    np.testing.assert_array_equal((-q).materialize(), -q.materialize())
+    assert used
