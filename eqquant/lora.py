@@ -8,6 +8,7 @@
 | all else                      | dense                                                              |
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -47,6 +48,9 @@ class AdaptedArray(QuantizedArray):
     dropout_rate: float = eqx.field(static=True)
     """The share of inputs that [`lora.dropout`][eqquant.lora.dropout] hides from the adapter."""
 
+    casts: tuple[np.dtype, ...] = eqx.field(static=True, default=())
+    """The dtypes that the weight was cast to, one after another; the last is its own."""
+
     trained: ClassVar[tuple[str, ...]] = ("a", "b")
 
     def __check_init__(self) -> None:
@@ -66,14 +70,17 @@ class AdaptedArray(QuantizedArray):
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the weight."""
-        return self.base.dtype
+        return self.casts[-1] if self.casts else self.base.dtype
 
     def materialize(self) -> Array:
-        """$W + \\alpha B A$, summed in float32 (float64 if a part is)."""
+        """$W + \\alpha B A$, summed in float32 (float64 if a part is), then cast as `casts` says."""
         base = as_dense(self.base)
         wide = jnp.promote_types(jnp.promote_types(base.dtype, self.a.dtype), jnp.float32)
         product = self.b.astype(wide) @ self.a.astype(wide)
-        return (base.astype(wide) + self.scale * product).astype(base.dtype)
+        weight = base.astype(wide) + self.scale * product
+        for dtype in (base.dtype, *self.casts):
+            weight = weight.astype(dtype)
+        return weight
 
     def settle(self) -> "AdaptedArray":
         return self if settle(self.base) is self.base else self.replace(base=settle(self.base))
@@ -85,8 +92,7 @@ class AdaptedArray(QuantizedArray):
 
     def replace(self, **changes: Any) -> "AdaptedArray":
         """A copy with some of its fields changed."""
-        fields = {name: getattr(self, name) for name in ("base", "a", "b", "scale", "dropout_rate")}
-        return AdaptedArray(**(fields | changes))  # pyright: ignore[reportCallIssue]
+        return dataclasses.replace(self, **changes)
 
 
 # ------------------------------------------------------------------------------ models in and out
@@ -279,7 +285,7 @@ def convert_element_type_adapted(
 ) -> Any:
     if not jnp.issubdtype(new_dtype, jnp.floating):
         return NotImplemented
-    return x.replace(base=_one(primitive, x.base, new_dtype=new_dtype, **params))
+    return x.replace(casts=(*x.casts, jnp.dtype(new_dtype)))
 
 
 @register("copy", "copy_p", "stop_gradient", "name", "pvary")
@@ -300,7 +306,12 @@ def dot_general_array_adapted(
         return NotImplemented
     # x (W + s B A)^T = x W^T + s (x A^T) B^T; along the other axis the factors change places.
     near, far = (w.a, w.b) if wc[0] == n - 1 else (w.b, w.a)
-    y = _one(primitive, x, w.base, dimension_numbers=dimension_numbers, **params)
+    base = w.base
+    if base.dtype != w.dtype:
+        base = _one(
+            lax.convert_element_type_p, base, new_dtype=w.dtype, weak_type=False, sharding=None
+        )
+    y = _one(primitive, x, base, dimension_numbers=dimension_numbers, **params)
     wide = dict(params, preferred_element_type=jnp.promote_types(y.dtype, near.dtype))
     inner = primitive.bind(x, near, dimension_numbers=dimension_numbers, **wide)
     batch = tuple(range(len(wb)))

@@ -43,3 +43,12 @@ def _free_compiled_programs():
     """Thousands of them would fill the memory of a small machine."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """For modules whose programs are many and small: what they test does not depend on how well LLVM
+    optimizes."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

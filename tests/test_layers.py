@@ -21,6 +21,7 @@ import pytest
 import eqquant as eqq
 
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 nn = eqx.nn
 
 

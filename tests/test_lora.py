@@ -1,9 +1,11 @@
 """Low-rank adapters: products, derivatives, models in and out, and what is trained and saved."""
 
+import dataclasses
 import io
 from functools import partial
 
 import equinox as eqx
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -12,7 +14,7 @@ import optax
 import pytest
 
 import eqquant as eqq
-from eqquant import lora
+from eqquant import lora, testing
 
 
 BASES = {
@@ -97,6 +99,29 @@ def test_stacks_under_scan_and_vmap(base):
         batched = eqq.implicit(lambda w: jnp.einsum("lbi,loi->lbo", jnp.stack([X] * 3), w))(w)
     for got in (inside, mapped, batched):
         np.testing.assert_allclose(got, jnp.einsum("bi,loi->lbo", X, dense), rtol=1e-4, atol=1e-4)
+
+
+@st.composite
+def adapted_arrays(draw, shape, dtype=jnp.float32):
+    """Over a base of any format, or a dense one."""
+    *batch, out, inner = shape
+    rng, rank = testing.generator(draw), draw(st.integers(1, 2))
+    dense = jnp.asarray(rng.normal(size=shape), dtype)
+    base = draw(st.one_of(st.just(dense), testing.arrays(shape, dtype)))
+    a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((rank, inner), (out, rank)))
+    a, b = (jnp.broadcast_to(x, (*batch, *x.shape)) for x in (a, b))
+    return lora.AdaptedArray(base, a, b, 0.5, 0.0)
+
+
+MATRIX_LAWS = [name for name, law in testing.LAWS.items() if max(law.ranks) > 1]
+
+
+@pytest.mark.parametrize("law", MATRIX_LAWS)
+@pytest.mark.parametrize(("mode", "max_examples"), [("eager", None), ("grad", 2)])
+def test_laws(law, mode, max_examples):
+    law = testing.LAWS[law]
+    law = dataclasses.replace(law, ranks=tuple(rank for rank in law.ranks if rank > 1))
+    testing.check_law(law, adapted_arrays, mode, max_examples=max_examples)
 
 
 def test_what_has_no_adapted_form_is_dense_and_says_so():

@@ -205,10 +205,7 @@ class RSROperatorBinary(AbstractScaledArray):
         where = "RSROperatorBinary.quantize"
         if hasattr(A, "dtype") and jnp.issubdtype(A.dtype, jnp.integer):
             return cls.from_matrix(A, k, A.dtype if dtype is None else dtype)
-        A = as_float_array(where, A)
-        dtype = check_dtype(f"{where}(dtype=...)", A.dtype if dtype is None else dtype)
-        _check_matrix(where, A)
-        (axis,) = normalize_axes(f"{where}(axis=...)", axis, A.ndim)
+        A, axis, dtype = _check_arguments(where, A, axis, dtype)
         pattern, scale = _binarize(A, axis)
         check_finite(where, A, scale)
         out = _encode(where, pattern, k, dtype).replace(scale=scale)
@@ -349,10 +346,7 @@ class RSROperatorTernary(AbstractScaledArray):
         where = "RSROperatorTernary.quantize"
         if hasattr(A, "dtype") and jnp.issubdtype(A.dtype, jnp.integer):
             return cls.from_matrix(A, k, A.dtype if dtype is None else dtype)
-        A = as_float_array(where, A)
-        dtype = check_dtype(f"{where}(dtype=...)", A.dtype if dtype is None else dtype)
-        _check_matrix(where, A)
-        (axis,) = normalize_axes(f"{where}(axis=...)", axis, A.ndim)
+        A, axis, dtype = _check_arguments(where, A, axis, dtype)
         pattern, scale = _ternarize(A, axis)
         check_finite(where, A, scale)
         plus, minus = (_encode(where, signs, k, dtype) for signs in (pattern > 0, pattern < 0))
@@ -362,6 +356,15 @@ class RSROperatorTernary(AbstractScaledArray):
 def _check_k(where: str, k: int) -> None:
     if not 1 <= k <= 16:
         raise ValueError(f"k must be from 1 to 16; {where}(..., k={k!r}) was given {k!r}.")
+
+
+def _check_arguments(where: str, A: Any, axis: int, dtype: Any) -> tuple[Array, int, np.dtype]:
+    """The floating-point matrix, a non-negative axis and the dtype that `quantize` was given."""
+    A = as_float_array(where, A)
+    dtype = check_dtype(f"{where}(dtype=...)", A.dtype if dtype is None else dtype)
+    _check_matrix(where, A)
+    (axis,) = normalize_axes(f"{where}(axis=...)", axis, A.ndim)
+    return A, axis, dtype
 
 
 def _check_matrix(where: str, A: Array) -> None:
@@ -386,14 +389,14 @@ def _codes(ones: Array, packing: Packing) -> Array:
 
 
 @partial(jax.jit, static_argnums=1)
-def _binarize(A: Array, axis: int) -> tuple[Array, Array]:
-    others = jnp.where(jnp.isfinite(A), jnp.zeros((), A.dtype), jnp.nan)
-    scale = mean_where(jnp.where(A > 0, A, others), A > 0, (axis,))
-    return A > 0, scale
+def _binarize(x: Array, axis: int) -> tuple[Array, Array]:
+    others = jnp.where(jnp.isfinite(x), jnp.zeros((), x.dtype), jnp.nan)
+    scale = mean_where(jnp.where(x > 0, x, others), x > 0, (axis,))
+    return x > 0, scale
 
 
 @partial(jax.jit, static_argnums=1)
-def _ternarize(A: Array, axis: int) -> tuple[Array, Array]:
-    scale = mean_where(jnp.abs(A), jnp.ones(A.shape, bool), (axis,))
-    pattern = (scale / 2 < A).astype(jnp.int8) - (-scale / 2 > A).astype(jnp.int8)
+def _ternarize(x: Array, axis: int) -> tuple[Array, Array]:
+    scale = mean_where(jnp.abs(x), jnp.ones(x.shape, bool), (axis,))
+    pattern = (x > scale / 2).astype(jnp.int8) - (x < -scale / 2).astype(jnp.int8)
     return pattern, scale

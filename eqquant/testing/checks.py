@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
 from .. import _dispatch
 from .._implicit import implicit
@@ -228,7 +228,8 @@ def _grad(program: Program) -> None:
     if not arguments:
         return  # integers alone
     every = tuple(range(len(arguments)))
-    got = jax.jit(jax.grad(partial(loss, packed), every))(*arguments)
+    packed_loss = jax.jit(jax.value_and_grad(partial(loss, packed), every))
+    got = packed_loss(*arguments)[1]
     want = jax.jit(jax.grad(partial(loss, reference), every))(*arguments)
     dense = program.x.materialize()
     # Every partial derivative is a sum of at most `terms` products of these.
@@ -245,3 +246,24 @@ def _grad(program: Program) -> None:
         bound = (4 * dense.size + 8) * float(jnp.finfo(jnp.float32).eps) * largest * size
         assert g.shape == w.shape
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=1e-4, atol=bound)
+    if program.law.multilinear:
+        _finite_differences(packed_loss, arguments, got)
+
+
+def _finite_differences(loss: Any, arguments: Sequence[Array], gradient: Sequence[Array]) -> None:
+    """The derivative along one direction is that of a polynomial: of degree 4 at most, if the
+    function is linear in each argument. So four values give it exactly, however far apart they are."""
+    directions = [jnp.sign(jnp.cos(1.0 + jnp.arange(v.size))).reshape(v.shape) for v in arguments]
+    weights = {-0.5: 1, -0.25: -8, 0.25: 8, 0.5: -1}
+    values = [
+        weight * loss(*(v + step * d for v, d in zip(arguments, directions, strict=True)))[0]
+        for step, weight in weights.items()
+    ]
+    terms = [g * d for g, d in zip(gradient, directions, strict=True)]
+    magnitude = sum(map(abs, values)) + sum(jnp.sum(jnp.abs(term)) for term in terms)
+    np.testing.assert_allclose(
+        float(sum(values)) / 3,
+        float(sum(map(jnp.sum, terms))),
+        rtol=0,
+        atol=1e-4 * float(magnitude),
+    )

@@ -36,6 +36,8 @@ class Law:
     """How many axes the array may have."""
     terms: Callable[[Any], int]
     """How many terms are summed for one element of the result."""
+    multilinear: bool
+    """Whether the programs are linear in each operand: then their derivatives are checked by differences, too."""
 
 
 LAWS: dict[str, Law] = {}
@@ -48,18 +50,21 @@ def law(
     packed: bool = True,
     ranks: Sequence[int] = (1, 2, 3),
     terms: Callable[[Any], int] = lambda x: x.size,
+    multilinear: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds a law: decorates `(draw, x) -> program` or `(draw, x) -> (program, other operands)`.
 
     **Arguments:**
 
     - `primitives`: the names of JAX primitives that the programs show.
-    - `exact`, `packed`, `ranks`, `terms`: as in [`Law`][eqquant.testing.Law].
+    - `exact`, `packed`, `ranks`, `terms`, `multilinear`: as in [`Law`][eqquant.testing.Law].
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
-        LAWS[name] = Law(name, function, primitives, exact, packed, tuple(ranks), terms)
+        LAWS[name] = Law(
+            name, function, primitives, exact, packed, tuple(ranks), terms, multilinear
+        )
         return function
 
     return register
@@ -269,13 +274,13 @@ def mul_scalar(draw, x):
     return (lambda x, c: c * x), (c,)
 
 
-@law("div", exact=False, terms=lambda x: 3)
+@law("div", exact=False, terms=lambda x: 3, multilinear=False)
 def div_scalar(draw, x):
     c = jnp.asarray(draw(st.sampled_from([2.0, -0.3, 1e-3])), x.dtype)
     return (lambda x, c: x / c), (c,)
 
 
-@law("convert_element_type")
+@law("convert_element_type", multilinear=False)
 def convert_element_type(draw, x):
     targets = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.complex64, jnp.bool_]
     chain = draw(st.lists(st.sampled_from(targets[:3]), max_size=2))
@@ -294,7 +299,7 @@ def copy(draw, x):
     return lambda x: lax.copy_p.bind(x)
 
 
-@law("stop_gradient")
+@law("stop_gradient", multilinear=False)  # its derivative is not that of the function
 def stop_gradient(draw, x):
     return lax.stop_gradient
 
@@ -344,7 +349,7 @@ def dot_general(draw, x):
     return program, (y,)
 
 
-@law("dot_general", exact=False, packed=False, ranks=(2,))
+@law("dot_general", exact=False, packed=False, ranks=(2,), multilinear=False)
 def dot_general_both(draw, x):
     return lambda x: x @ x.T
 
@@ -375,13 +380,13 @@ def reduce_sum(draw, x):
     return lambda x: jnp.sum(x, axes)
 
 
-@law("reduce_max", "reduce_min")
+@law("reduce_max", "reduce_min", multilinear=False)
 def reduce_max(draw, x):
     axes = tuple(draw(st.sets(st.integers(0, x.ndim - 1))))
     return lambda x: (jnp.max(x, axes), jnp.min(x, axes))
 
 
-@law("reduce_prod", exact=False, terms=lambda x: 4 * x.size)
+@law("reduce_prod", exact=False, terms=lambda x: 4 * x.size, multilinear=False)
 def reduce_prod(draw, x):
     axis = an_axis(draw, x)
     return lambda x: jnp.prod(x, axis)
