@@ -248,7 +248,7 @@ class AbstractScaledArray(QuantizedArray):
     logical axis in equal tiles. From that alone follow transposition, slicing, broadcasting,
     `vmap`, `scan` and sharding, for every format.
 
-    A format gives its fields, one of them the payload, and one method: `values`, or `planes` if a
+    A format gives its fields, one of them the payload, and one method: `values`, or `plane` if a
     stored number holds several elements.
     """
 
@@ -265,22 +265,24 @@ class AbstractScaledArray(QuantizedArray):
 
     largest: ClassVar[float] = 1.0
     """The largest magnitude among the values."""
+    integers: ClassVar[bool] = False
+    """Whether all values are integers of at most 8 bits."""
     has_zero_code: ClassVar[bool] = False
     """Whether a stored code of 0 means the value 0."""
 
     def values(self, dtype: Any) -> Array:
         """The values $v$, without scale, as a dense array of `dtype`."""
-        if type(self).planes is AbstractScaledArray.planes:
-            raise NotImplementedError(f"{type(self).__name__} needs a method `values` or `planes`")
-        planes = self.planes(dtype)
-        return planes[0] if self.packing is None else self.packing.merge(planes)
+        if type(self).plane is AbstractScaledArray.plane:
+            raise NotImplementedError(f"{type(self).__name__} needs a method `values` or `plane`")
+        if self.packing is None:
+            return self.plane(0, dtype)
+        return self.packing.merge([self.plane(i, dtype) for i in range(self.packing.elements)])
 
-    def planes(self, dtype: Any) -> Sequence[Array]:
-        """The values $v$ as they lie in the payload: arrays of its shape, the first of the first
-        elements that the stored numbers hold, and so on. Only one if the array is not packed."""
-        return (
-            [self.values(dtype)] if self.packing is None else self.packing.split(self.values(dtype))
-        )
+    def plane(self, i: int, dtype: Any) -> Array:
+        """The values $v$ of the elements that lie in place `i` of their stored numbers: an array of the
+        shape of the payload."""
+        values = self.values(dtype)
+        return values if self.packing is None else self.packing.split(values)[i]
 
     @property
     def payload_leaf(self) -> Leaf:

@@ -28,10 +28,10 @@ class ArraySmallFloat(eqq.AbstractScaledArray):
 
     payload: ClassVar[str] = "codes"
 
-    def planes(self, dtype: Any) -> Any:
+    def plane(self, i: int, dtype: Any) -> Any:
         table = [sign * 2.0**-e for sign in (1, -1) for e in range(8)]
-        halves = (self.codes >> 4, self.codes & 15) if self.packing else (self.codes & 15,)
-        return [jnp.asarray(table, dtype)[half] for half in halves]
+        codes = self.codes >> (4 - 4 * i) if self.packing else self.codes
+        return jnp.asarray(table, dtype)[codes & 15]
 
     @classmethod
     def quantize(cls, array: Any) -> "ArraySmallFloat":

@@ -63,6 +63,7 @@ class Array8B(AbstractScaledArray):
 
     payload: ClassVar[str] = "weight"
     packing: ClassVar[None] = None
+    integers: ClassVar[bool] = True
     largest: ClassVar[float] = 127.0
     has_zero_code: ClassVar[bool] = True
 

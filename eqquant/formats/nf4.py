@@ -149,11 +149,9 @@ class ArrayNF4(AbstractScaledArray):
             return self.packed
         return self.packing.merge([self.packed >> 4, self.packed & 15])
 
-    def planes(self, dtype: Any) -> Sequence[Array]:
-        levels = jnp.asarray(LEVELS, dtype)
-        if self.packing is None:
-            return [_sharding.look_up(levels, self.packed)]
-        return [_sharding.look_up(levels, codes) for codes in (self.packed >> 4, self.packed & 15)]
+    def plane(self, i: int, dtype: Any) -> Array:
+        codes = self.packed if self.packing is None else (self.packed >> (4 - 4 * i)) & 15
+        return _sharding.look_up(jnp.asarray(LEVELS, dtype), codes)
 
     def with_leaves(self, leaves: dict[str, Leaf]) -> "ArrayNF4":
         packed, scale = leaves["packed"], leaves["scale"]

@@ -82,6 +82,7 @@ class Array1B(AbstractScaledArray):
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "weight"
+    integers: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -124,13 +125,13 @@ class Array1B(AbstractScaledArray):
         if self.scale is not None:
             check_scale("scale", self.scale, self.shape, self.block_size)
 
-    def planes(self, dtype: Any) -> Sequence[Array]:
-        count = 1 if self.packing is None else self.packing.elements
+    def plane(self, i: int, dtype: Any) -> Array:
         if self.levels == "binary":
-            return [2 * ((self.weight >> i) & 1).astype(dtype) - 1 for i in range(count)]
-        # Multiplied by 3^i, the fraction begins with digit i: times 3, its integer part is the digit.
-        code = self.weight.astype(jnp.int32)
-        return [((((code * 3**i) & 255) * 3) >> 8).astype(dtype) - 1 for i in range(count)]
+            return 2 * ((self.weight >> i) & 1).astype(dtype) - 1
+        # Times 3^i, in arithmetic modulo 1, the fraction begins with digit i: times 3, its integer part
+        # is the digit.
+        fraction = self.weight * jnp.uint8(3**i)
+        return ((fraction.astype(jnp.uint16) * 3) >> 8).astype(dtype) - 1
 
     @classmethod
     def quantize(

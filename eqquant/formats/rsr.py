@@ -75,6 +75,7 @@ class RSROperatorBinary(AbstractScaledArray):
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "codes"
+    integers: ClassVar[bool] = True
     block_size: ClassVar[None] = None
     has_zero_code: ClassVar[bool] = True
 
@@ -143,8 +144,8 @@ class RSROperatorBinary(AbstractScaledArray):
         """
         return jax.nn.one_hot(jnp.swapaxes(self.codes, -1, -2), 2**self.k)
 
-    def planes(self, dtype: Any) -> Sequence[Array]:
-        return [((self.codes >> i) & 1).astype(dtype) for i in range(self.k)]
+    def plane(self, i: int, dtype: Any) -> Array:
+        return ((self.codes >> i) & 1).astype(dtype)
 
     def dot(self, v: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         r"""$v A$ for a vector of length n, or a stack of them (..., n).
@@ -242,6 +243,7 @@ class RSROperatorTernary(AbstractScaledArray):
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "rsr_b1"
+    integers: ClassVar[bool] = True
     block_size: ClassVar[None] = None
     has_zero_code: ClassVar[bool] = True
 
@@ -289,9 +291,8 @@ class RSROperatorTernary(AbstractScaledArray):
         """That of `rsr_b1`, which `rsr_b2` resembles."""
         return self.rsr_b1.payload_leaf
 
-    def planes(self, dtype: Any) -> Sequence[Array]:
-        planes = zip(self.rsr_b1.planes(dtype), self.rsr_b2.planes(dtype), strict=True)
-        return [plus - minus for plus, minus in planes]
+    def plane(self, i: int, dtype: Any) -> Array:
+        return self.rsr_b1.plane(i, dtype) - self.rsr_b2.plane(i, dtype)
 
     def leaves(self) -> dict[str, Leaf]:
         leaves = {"rsr_b1": self.rsr_b1.payload_leaf, "rsr_b2": self.rsr_b2.payload_leaf}

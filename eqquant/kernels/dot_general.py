@@ -16,7 +16,7 @@ from .. import _compat
 from .._array import AbstractScaledArray
 from .._compat import ad, batching, mlir
 from ..tiles import spread
-from .matmul import fused, tiled
+from .matmul import cpu, fused, tiled
 from .matmul.reference import Axes
 
 
@@ -138,7 +138,7 @@ quantized_dot_general_p.def_impl(partial(_compat.apply_primitive, quantized_dot_
 
 
 def _lower_cpu(ctx: Any, *operands: Any, **params: Any) -> Any:
-    implementation = fused if _compat.is_partitioned(ctx) else tiled
+    implementation = fused if _compat.is_partitioned(ctx) else cpu
     return mlir.lower_fun(_with(implementation), multiple_results=False)(ctx, *operands, **params)
 
 

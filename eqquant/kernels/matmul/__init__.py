@@ -1,5 +1,7 @@
 """Implementations of `dot_general(x, w)` with quantized `w`; all have the signature of `reference`."""
 
+from .cpu import cpu as cpu
 from .fused import fused as fused
+from .integer import integer as integer
 from .reference import reference as reference
 from .tiled import tiled as tiled

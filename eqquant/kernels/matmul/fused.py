@@ -81,7 +81,7 @@ def _product(
     if packing is None or axis in axes.w_batch or x.size > w.size * FEW_INPUTS:
         values = w.values(accumulate)
         return dot(x, values if scale is None else values * spread(scale).astype(accumulate))
-    planes = w.planes(accumulate)
+    planes = [w.plane(i, accumulate) for i in range(packing.elements)]
     if scale is not None:
         scales = _scale_planes(scale, packing)
         planes = [v * s.astype(accumulate) for v, s in zip(planes, scales, strict=True)]
