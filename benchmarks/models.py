@@ -37,3 +37,14 @@ class Transformer(eqx.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def checkpointed_stack(blocks: Any, x: Any) -> Any:
+    """Stacked blocks, one after the other; what happens in them is computed again for the backward pass."""
+    arrays, static = eqx.partition(blocks, eqx.is_array)
+
+    @jax.checkpoint
+    def step(x: Any, arrays: Any) -> tuple[Any, None]:
+        return eqx.combine(arrays, static)(x), None
+
+    return jax.lax.scan(step, x, arrays)[0]

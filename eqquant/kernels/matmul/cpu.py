@@ -11,14 +11,20 @@ from .reference import Axes
 from .tiled import tiled
 
 
-# Measured on two AVX-512 cores, 4096 x 4096, time of `tiled` over that of `integer`, int8 and binary:
-# 1 row 2.5 and 1.7, 4 rows 2.9 and 1.9, 16 rows 1.3 and 1.3, 64 rows 0.5 and 0.5.
-MAX_ROWS_OF_DIGITS = 16
+# Measured on two AVX-512 cores, float32, time of `tiled` over that of `integer`, for int8 and binary weights:
+#     rows         1           4          16          64
+#     4096^2    2.5, 1.7    2.9, 1.9    1.3, 1.3    0.5, 0.5
+#     1024^2    1.0, 0.6                0.9, 1.2
+#     384^2     1.0, 1.2                0.7, 0.5
+MAX_ROWS_OF_DIGITS = 8
+MIN_SIZE_OF_DIGITS = 1 << 20
+MIN_SIZE_OF_DIGITS_IF_PACKED = 1 << 22
 
 
 def cpu(x: Array, w: AbstractScaledArray, *, axes: Axes, precision: Any, accumulate: Any) -> Array:
     """As `reference`."""
     rows = x.size // max(math.prod(x.shape[axis] for axis in axes.x_contract), 1)
-    digits = rows <= MAX_ROWS_OF_DIGITS and supports(x, w, axes, accumulate)
+    size = MIN_SIZE_OF_DIGITS if w.packing is None else MIN_SIZE_OF_DIGITS_IF_PACKED
+    digits = rows <= MAX_ROWS_OF_DIGITS and w.size >= size and supports(x, w, axes, accumulate)
     implementation = integer if digits else tiled
     return implementation(x, w, axes=axes, precision=precision, accumulate=accumulate)

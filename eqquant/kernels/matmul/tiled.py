@@ -17,17 +17,17 @@ from .fused import fused
 from .reference import Axes
 
 
-# Measured on two AVX-512 cores, float32. 4096 x 4096 at one row: tiles of 2 to 4 MiB are as fast as
-# any, tiles of 1 MiB up to 1.7 times slower. 384 x 384 at 16 rows: tiles of 12 columns take twice as
-# long as tiles of 12 rows. 2048 x 2048 at 64 rows: 32 tiles take 1.5 times as long as 12.
+# Measured on two AVX-512 cores, float32. 4096 x 4096 at one row: tiles of 2 to 4 MiB are as fast as any, tiles
+# of 1 MiB up to 1.7 times slower. 384 x 384 at 16 rows: tiles of 12 columns take twice as long as tiles of
+# 12 rows. 4096 x 4096, 1024 x 1024 and 1536 x 384 at 16 rows: 12 or 16 tiles take the same time, 32 take
+# 1.2 to 3 times as long.
 # A matrix of at most 1 MiB is decoded as a whole. It stays in the cache, and loops are slow to compile:
 # a 12-layer transformer of width 256 took 2 times as long as the dense one with a loop for each of
 # its 72 products, and 1.2 times without.
 MAX_TILE_BYTES = 4 << 20
 SMALL_BYTES = 1 << 20
 LANES = 32
-TILES = 32
-TILES_OF_MANY_ROWS = 12
+TILES = 16
 
 
 def tiled(
@@ -40,8 +40,7 @@ def tiled(
     """
     itemsize = jnp.dtype(accumulate).itemsize
     outputs = math.prod(axes.output_shape(x.shape, w.shape))
-    tiles = TILES if outputs <= w.size // 8 else TILES_OF_MANY_ROWS
-    limit = max(min(w.size // tiles, MAX_TILE_BYTES // itemsize), 1)
+    limit = max(min(w.size // TILES, MAX_TILE_BYTES // itemsize), 1)
     order = list(range(w.ndim)) if w.size * itemsize > SMALL_BYTES else []  # contiguous tiles first
     order.sort(key=lambda axis: limit * w.shape[axis] < w.size)  # then those too short for one cut
     if outputs >= 2 * limit:
