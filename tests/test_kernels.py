@@ -24,6 +24,7 @@ from eqquant.testing import arrays, DTYPES, FORMATS, generator
 
 
 tiling = importlib.import_module("eqquant.kernels.matmul.tiled")
+choice = importlib.import_module("eqquant.kernels.matmul.cpu")
 
 # The others take turns: each program takes its time to compile.
 STRATEGIES = {"Array8B": FORMATS["Array8B"], "any format": arrays}
@@ -152,7 +153,12 @@ def test_every_implementation_is_the_product(implementation, format):
 
 
 @each_format
-def test_quantized_dot_general_is_lax_dot_general(format):
+@pytest.mark.parametrize("digits", [False, True], ids=["floats", "digits"])
+def test_quantized_dot_general_is_lax_dot_general(format, digits, monkeypatch):
+    if digits:
+        monkeypatch.setattr(choice, "MIN_SIZE_OF_DIGITS", 0)
+        monkeypatch.setattr(choice, "MIN_SIZE_OF_DIGITS_IF_PACKED", 0)
+
     @hypothesis.given(st.data())
     @examples(1.0)
     def holds(data: st.DataObject) -> None:
@@ -269,7 +275,6 @@ SCALES = {
 @pytest.mark.parametrize("name", TILINGS)
 def test_pieces_that_do_not_divide(monkeypatch, name, scale, tiles):
     monkeypatch.setattr(tiling, "TILES", tiles)
-    monkeypatch.setattr(tiling, "TILES_OF_MANY_ROWS", tiles)
     shape, equation, x_shape = TILINGS[name]
     rng = np.random.default_rng(len(name))
     stored = [

@@ -94,6 +94,29 @@ def test_products_need_less_than_a_tenth_of_the_dense_weight(layout, product, ro
     assert back < SIZE * SIZE * 4 / 10
 
 
+FORMATS = {
+    "int8": eqq.Array8B.quantize,
+    "nf4": eqq.ArrayNF4.quantize,
+    "nf4 double": partial(eqq.ArrayNF4.quantize, double=True),
+    "ternary": eqq.Array1B.quantize,
+    "binary": partial(eqq.Array1B.quantize, levels="binary"),
+    "rsr binary": eqq.RSROperatorBinary.quantize,
+    "rsr ternary": eqq.RSROperatorTernary.quantize,
+}
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("product", ["x @ w", "x @ w.T"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_of_every_format(name, product, rows):
+    size = 2048
+    w, x = jax.eval_shape(FORMATS[name], array(size, size)), array(rows, size)
+    forward, back = both_passes(PRODUCTS[product][0], w, x)
+    # Two halves of the inputs or outputs, beside a tenth of the weight.
+    assert forward < size * size * 4 / 10 + 2 * nbytes(x)
+    assert back < size * size * 4 / 10 + 2 * nbytes(x)
+
+
 @each_layout
 def test_gradient_saves_no_dense_weight(layout):
     def loss(w: Any, x: Any) -> Any:

@@ -40,7 +40,12 @@ def tiled(
     """
     itemsize = jnp.dtype(accumulate).itemsize
     outputs = math.prod(axes.output_shape(x.shape, w.shape))
-    limit = max(min(w.size // TILES, MAX_TILE_BYTES // itemsize), 1)
+    limit = min(w.size // TILES, MAX_TILE_BYTES // itemsize)
+    # A tile and the outputs take less than a tenth of the dense weight, if not the outputs alone do.
+    room = w.size * jnp.dtype(w.dtype).itemsize * 2 // 21 // itemsize - outputs
+    if room > w.size // (2 * TILES):
+        limit = min(limit, room)
+    limit = max(limit, 1)
     order = list(range(w.ndim)) if w.size * itemsize > SMALL_BYTES else []  # contiguous tiles first
     order.sort(key=lambda axis: limit * w.shape[axis] < w.size)  # then those too short for one cut
     if outputs >= 2 * limit:
