@@ -1,6 +1,7 @@
 """How long a linear layer takes with a quantized weight, next to the dense weight in float32.
 
 python benchmarks/bench_matmul.py [--only "4096 square"] [--rows 1 16] [--runs 15]
+    [--orientations "w @ x" "x @ w"] [--dtypes float32 bfloat16 float16] [--name matmul]
 """
 
 import argparse
@@ -17,27 +18,32 @@ from shapes import LINEAR, ROWS
 import eqquant as eqq
 
 
-FORMATS: dict[str, Callable[[Any], Any]] = {
-    "dense float32": lambda w: w,
-    "Array8B": eqq.Array8B.quantize,
-    "Array8B, blocks of 64": partial(eqq.Array8B.quantize, block_size=64),
-    "ArrayNF4": eqq.ArrayNF4.quantize,
-    "Array1B, ternary": eqq.Array1B.quantize,
-    "Array1B, binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "RSROperatorBinary": eqq.RSROperatorBinary.quantize,
-    "RSROperatorTernary": eqq.RSROperatorTernary.quantize,
+# By the axis that a product sums over.
+FORMATS: dict[str, Callable[[int], Callable[[Any], Any]]] = {
+    "Array8B": lambda axis: partial(eqq.Array8B.quantize, axis=axis),
+    "Array8B, int8 activations": lambda axis: partial(
+        eqq.Array8B.quantize, axis=axis, activations="int8"
+    ),
+    "Array8B, blocks of 64": lambda axis: partial(eqq.Array8B.quantize, axis=axis, block_size=64),
+    "ArrayNF4": lambda axis: partial(eqq.ArrayNF4.quantize, axis=axis),
+    "Array1B, ternary": lambda axis: partial(eqq.Array1B.quantize, axis=axis),
+    "Array1B, binary": lambda axis: partial(eqq.Array1B.quantize, axis=axis, levels="binary"),
+    "RSROperatorBinary": lambda axis: partial(eqq.RSROperatorBinary.quantize, axis=axis),
+    "RSROperatorTernary": lambda axis: partial(eqq.RSROperatorTernary.quantize, axis=axis),
 }
 BASELINE = "dense float32"
 SHORT = 2e-3  # seconds; shorter calls are repeated until they add up to this
 
+# As `jax.vmap(eqx.nn.Linear(...))` has it, weight (outputs, inputs); and as `x @ w` has it, weight (inputs,
+# outputs). (Dense `x @ w.T` is no fair baseline: with one row, XLA for CPU first copies the transposed weight,
+# and takes 20 times as long.)
+ORIENTATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "w @ x": lambda w, x: jax.vmap(lambda row: w @ row)(x),
+    "x @ w": lambda w, x: x @ w,
+}
 
-def product(w: Any, x: Any) -> Any:
-    """As `jax.vmap(eqx.nn.Linear(...))` does. (Dense `x @ w.T` is no fair baseline: with one row, XLA
-    for CPU first copies the transposed weight, and takes 20 times as long.)"""
-    return jax.vmap(lambda row: w @ row)(x)
 
-
-def candidate(w: Any, x: Any) -> Callable[[], float]:
+def candidate(product: Callable[[Any, Any], Any], w: Any, x: Any) -> Callable[[], float]:
     """Measures one call of the compiled product."""
     compiled = jax.jit(eqq.implicit(product)).lower(w, x).compile()
     run = partial(compiled, w, x)
@@ -51,38 +57,48 @@ def candidate(w: Any, x: Any) -> Callable[[], float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[shape.name for shape in LINEAR])
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--orientations", nargs="*", default=["w @ x"], choices=ORIENTATIONS)
+    parser.add_argument("--dtypes", nargs="*", default=["float32"])
     parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--name", default="matmul", help="of the file with the results")
     args = parser.parse_args()
 
     print(machine())
-    print(f"{args.runs} interleaved runs; ratio to the dense product: median (quartiles)")
-    print(f"{'':18}{'outputs':>8}{'inputs':>7}{'rows':>5}{'dense':>10}", end="")
-    print("".join(f"{name:>26}" for name in FORMATS if name != BASELINE))
+    print(f"{args.runs} interleaved runs; time of dense float32 over time: median (quartiles)")
     table = []
-    for shape in LINEAR:
-        if shape.name not in args.only:
-            continue
-        dense = jax.random.normal(jax.random.key(0), (shape.outputs, shape.inputs), jnp.float32)
-        weights = {name: quantize(dense) for name, quantize in FORMATS.items()}
-        for rows in args.rows:
-            x = jax.random.normal(jax.random.key(1), (rows, shape.inputs), jnp.float32)
-            candidates = {name: candidate(w, x) for name, w in weights.items()}
-            found = interleaved(candidates, args.runs, BASELINE)
-            table.append({**shape._asdict(), "rows": rows, "times": found})
-            print(
-                f"{shape.name:18}{shape.outputs:8}{shape.inputs:7}{rows:5}"
-                f"{found[BASELINE]['median'] * 1e3:7.2f} ms"
-                + "".join(
-                    f"{t['ratio']:14.2f} ({t['low']:.2f}-{t['high']:.2f})"
-                    for name, t in found.items()
-                    if name != BASELINE
-                ),
-                flush=True,
-            )
-    save("matmul", {"runs": args.runs, "rows": table})
+    for shape in (shape for shape in LINEAR if shape.name in args.only):
+        for orientation in args.orientations:
+            outputs_first = orientation == "w @ x"
+            size = (shape.outputs, shape.inputs) if outputs_first else (shape.inputs, shape.outputs)
+            dense = jax.random.normal(jax.random.key(0), size, jnp.float32)
+            weights = {name: of(-1 if outputs_first else 0)(dense) for name, of in FORMATS.items()}
+            for dtype in args.dtypes:
+                for rows in args.rows:
+                    x = jax.random.normal(jax.random.key(1), (rows, shape.inputs), jnp.float32)
+                    product = ORIENTATIONS[orientation]
+                    candidates = {BASELINE: candidate(product, dense, x)}
+                    if dtype != "float32":
+                        low = dense.astype(dtype)
+                        candidates[f"dense {dtype}"] = candidate(product, low, x.astype(dtype))
+                    for name, w in weights.items():
+                        cast = eqq.implicit(lambda w: w.astype(dtype))(w)  # noqa: B023
+                        candidates[name] = candidate(product, cast, x.astype(dtype))
+                    found = interleaved(candidates, args.runs, BASELINE)
+                    where = dict(rows=rows, orientation=orientation, dtype=dtype)
+                    table.append({**shape._asdict(), **where, "times": found})
+                    print(
+                        f"\n{shape.name}: {orientation}, {dtype}, {rows} row(s), dense float32 "
+                        f"{found[BASELINE]['median'] * 1e3:.2f} ms"
+                    )
+                    for name, t in found.items():
+                        low, high = 1 / t["high"], 1 / t["low"]
+                        print(
+                            f"  {name:28}{1 / t['ratio']:6.2f} ({low:.2f}-{high:.2f})", flush=True
+                        )
+    save(args.name, {"runs": args.runs, "rows": table})
 
 
 if __name__ == "__main__":

@@ -23,8 +23,12 @@ LINEAR = [
     Linear("BERT down", 768, 3072),
     Linear("1024 square", 1024, 1024),
     Linear("2048 square", 2048, 2048),
+    Linear("1B up", 8192, 2048),
+    Linear("1B down", 2048, 8192),
     Linear("4096 square", 4096, 4096),
-    Linear("Llama up", 11008, 4096),
+    Linear("8B up", 14336, 4096),
+    Linear("8B down", 4096, 14336),
+    Linear("8192 square", 8192, 8192),
 ]
 
 ROWS = (1, 4, 16, 64, 512)

@@ -267,6 +267,8 @@ class AbstractScaledArray(QuantizedArray):
     """The largest magnitude among the values."""
     integers: ClassVar[bool] = False
     """Whether all values are integers of at most 8 bits."""
+    activations: ClassVar[str] = "float"
+    """`"int8"` if what this is multiplied with is rounded to 8 bits, too."""
     has_zero_code: ClassVar[bool] = False
     """Whether a stored code of 0 means the value 0."""
 

@@ -28,6 +28,7 @@ CASES = {
     "q.with_sharding(jax.sharding.PartitionSpec('a'))": ("ValueError", ["needs a mesh", "jax.set_mesh"]),
     "eqq.ArrayNF4.quantize(jnp.ones(8), scale='best')": ("ValueError", ["one of absmax, search", "'best'"]),
     "eqq.Array1B.quantize(jnp.ones(8), levels='quaternary')": ("ValueError", ["one of ternary, binary"]),
+    "eqq.Array8B.quantize(jnp.ones(8), activations='int4')": ("ValueError", ["one of float, int8", "'int4'"]),
     "eqq.Array1B.quantize(jnp.ones(8), scale='max')": ("ValueError", ["absmean, least_squares", "'max'"]),
 }  # fmt: skip
 

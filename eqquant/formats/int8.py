@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -17,6 +17,7 @@ from .._quantize import (
     as_float_array,
     by_blocks,
     check_blocks,
+    check_choice,
     check_dtype,
     check_finite,
     inherit_sharding,
@@ -60,6 +61,8 @@ class Array8B(AbstractScaledArray):
     """How many elements share a scale along an axis that has several scales; None if no axis has."""
     via: tuple[np.dtype, ...] = eqx.field(static=True)
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
+    activations: Literal["float", "int8"] = eqx.field(static=True)  # pyright: ignore
+    """`"int8"` if what this is multiplied with is rounded to 8 bits, too."""
 
     payload: ClassVar[str] = "weight"
     packing: ClassVar[None] = None
@@ -78,6 +81,7 @@ class Array8B(AbstractScaledArray):
         dtype: Any = None,
         block_size: int | None = None,
         via: tuple[np.dtype, ...] = (),
+        activations: Literal["float", "int8"] = "float",
     ):
         """Builds an array from codes and scales that exist already.
 
@@ -89,6 +93,7 @@ class Array8B(AbstractScaledArray):
         - `sharding`: applied to the new array, as by `with_sharding`.
         - `dtype`: of the logical array; float32 by default.
         - `block_size`: needed where an axis has several scales but not one each.
+        - `activations`: as for [`quantize`][eqquant.Array8B.quantize].
 
         **Raises:** `ValueError` if the leaves do not fit each other or the other arguments.
         """
@@ -101,6 +106,8 @@ class Array8B(AbstractScaledArray):
         self.dtype = check_dtype("Array8B(dtype=...)", jnp.float32 if dtype is None else dtype)
         self.block_size = block_size
         self.via = via
+        check_choice("Array8B(activations=...)", activations, ("float", "int8"))
+        self.activations = activations
         if shape is not None and tuple(shape) != weight.shape:
             raise ValueError(f"shape={tuple(shape)} but weight has shape {weight.shape}.")
         if axis is not None:
@@ -134,6 +141,7 @@ class Array8B(AbstractScaledArray):
         axis: int | Sequence[int] | None = None,
         *,
         block_size: int | None = None,
+        activations: Literal["float", "int8"] = "float",
     ) -> "Array8B":
         """Quantizes a floating-point array.
 
@@ -145,6 +153,11 @@ class Array8B(AbstractScaledArray):
             `axis=()` gives each element its own.
         - `block_size`: if given, only every `block_size` consecutive elements along `axis`
             (one axis then) share a scale; the last block may be partial.
+        - `activations`: with `"int8"`, a product rounds the other operand to 8 bits as well (W8A8): the numbers
+            that are summed up together, a row of activations, share a scale that is found on the fly, as in
+            [LLM.int8()](https://arxiv.org/abs/2208.07339). Faster, and less exact: such a product is
+            **not** that of the materialized array, but of the rounded activations with it. Its derivative is
+            that of the product without rounding.
 
         **Returns:** an `Array8B` of the shape of `array`. All-zero groups give exact zeros;
         groups whose largest magnitude is below about 2e-36 count as zero. An array that is sharded
@@ -171,10 +184,11 @@ class Array8B(AbstractScaledArray):
         axes = normalize_axes("Array8B.quantize(axis=...)", axis, array.ndim)
         block_size = block_size if array.ndim else None
         check_blocks("Array8B.quantize", block_size, axes)
+        check_choice("Array8B.quantize(activations=...)", activations, ("float", "int8"))
         scale, weight = _quantize(array, axes, block_size)
         check_finite("Array8B.quantize", array, scale)
         stored_blocks = block_size if scale.shape != weight.shape else None
-        out = cls(scale, weight, dtype=dtype, block_size=stored_blocks)
+        out = cls(scale, weight, dtype=dtype, block_size=stored_blocks, activations=activations)
         return inherit_sharding(out, array)
 
 

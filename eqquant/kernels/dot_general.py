@@ -16,13 +16,15 @@ from .. import _compat
 from .._array import AbstractScaledArray
 from .._compat import ad, batching, mlir
 from ..tiles import spread
-from .matmul import cpu, fused, tiled
+from .matmul import cpu, fused, integer, tiled
+from .matmul.integer import DIGITS, rounded_rows, supports
 from .matmul.reference import Axes
 
 
 quantized_dot_general_p = _compat.Primitive("quantized_dot_general")
-"""Operands: `x`, then the leaves of `w`. Parameters: the treedef of `w`, and those of
-`lax.dot_general`. Result: batch axes, free axes of `x`, free axes of `w`."""
+"""Operands: `x`, then the leaves of `w`. Parameters: the treedef of `w`, those of `lax.dot_general`, and
+how many 8-bit digits the rows of `x` have, if they are integers up to a factor. Result: batch axes, free
+axes of `x`, free axes of `w`."""
 
 
 def quantized_dot_general(
@@ -37,7 +39,8 @@ def quantized_dot_general(
 
     **Arguments:**
 
-    - `x`: a floating-point array.
+    - `x`: a floating-point array. If `w.activations` is `"int8"`, it is rounded: the numbers that are
+        summed up together share a scale, the largest magnitude over 127.
     - `w`: the quantized operand; all others as in `jax.lax.dot_general`.
 
     **Returns:** an array of the shape and dtype that `jax.lax.dot_general` gives. Sums are
@@ -56,11 +59,12 @@ def quantized_dot_general(
         ```
     """
     leaves, treedef = jtu.tree_flatten(w)
+    axes, digits = Axes.of(dimension_numbers), DIGITS
+    out_dtype = _out_dtype(x, w, preferred_element_type)
+    if w.activations == "int8":
+        x, digits = rounded_rows(x, axes.x_contract), 1
     params = dict(
-        treedef=treedef,
-        axes=Axes.of(dimension_numbers),
-        precision=precision,
-        out_dtype=_out_dtype(x, w, preferred_element_type),
+        treedef=treedef, axes=axes, precision=precision, out_dtype=out_dtype, digits=digits
     )
     if _compat.has_explicit_axes(x, *leaves):
         # Shardings are part of the types here: let JAX's own dot check and propagate them.
@@ -79,11 +83,22 @@ def _accumulate_dtype(x: Any, w: Any, out_dtype: Any) -> Any:
 
 def _with(implementation: Callable[..., Array]) -> Callable[..., Array]:
     def run(
-        x: Array, *leaves: Array, treedef: Any, axes: Axes, precision: Any, out_dtype: Any
+        x: Array,
+        *leaves: Array,
+        treedef: Any,
+        axes: Axes,
+        precision: Any,
+        out_dtype: Any,
+        digits: int,
     ) -> Array:
         w = jtu.tree_unflatten(treedef, leaves)
-        accumulate = _accumulate_dtype(x, w, out_dtype)
-        y = implementation(x, w, axes=axes, precision=precision, accumulate=accumulate)
+        options = dict(
+            axes=axes, precision=precision, accumulate=_accumulate_dtype(x, w, out_dtype)
+        )
+        if digits == 1 and supports(x, w, axes, options["accumulate"]):
+            y = integer(x, w, **options, digits=1)
+        else:
+            y = implementation(x, w, **options)
         return y.astype(out_dtype)
 
     run.__name__ = f"quantized_dot_general_{implementation.__name__}"
@@ -97,6 +112,7 @@ def _explicit(
     axes: Axes,
     precision: Any,
     out_dtype: Any,
+    digits: int,
     out_sharding: Any,
 ) -> Array:
     w = jtu.tree_unflatten(treedef, leaves)
@@ -118,7 +134,7 @@ def _explicit(
 
 @quantized_dot_general_p.def_abstract_eval
 def _abstract(
-    x: Any, *leaves: Any, treedef: Any, axes: Axes, precision: Any, out_dtype: Any
+    x: Any, *leaves: Any, treedef: Any, axes: Axes, precision: Any, out_dtype: Any, digits: int
 ) -> Any:
     w = jtu.tree_unflatten(treedef, leaves)
     payload: Any = w.payload_leaf.array
@@ -155,6 +171,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
     x, *leaves = primals
     x_dot, *leaves_dot = tangents
     y = quantized_dot_general_p.bind(x, *leaves, **params)
+    params["digits"] = DIGITS  # of tangents
     terms = []
     if type(x_dot) is not ad.Zero:
         terms.append(quantized_dot_general_p.bind(x_dot, *leaves, **params))
@@ -175,7 +192,14 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
 
 
 def _transpose(
-    ct: Any, x: Any, *leaves: Any, treedef: Any, axes: Axes, precision: Any, out_dtype: Any
+    ct: Any,
+    x: Any,
+    *leaves: Any,
+    treedef: Any,
+    axes: Axes,
+    precision: Any,
+    out_dtype: Any,
+    digits: int,
 ) -> list[Any]:
     nothing = [None] * len(leaves)
     if type(ct) is ad.Zero:
@@ -191,7 +215,13 @@ def _transpose(
         tuple(range(n_batch + n_free, ct.ndim)), tuple(w_free), tuple(range(n_batch)), axes.w_batch
     )
     ct_x = quantized_dot_general_p.bind(
-        ct, *leaves, treedef=treedef, axes=back, precision=precision, out_dtype=x_aval.dtype
+        ct,
+        *leaves,
+        treedef=treedef,
+        axes=back,
+        precision=precision,
+        out_dtype=x_aval.dtype,
+        digits=DIGITS,
     )
     of_w = dict(zip(axes.w_contract, axes.x_contract, strict=True))
     order = [*axes.x_batch, *x_free, *(of_w[axis] for axis in sorted(axes.w_contract))]
@@ -210,7 +240,13 @@ def _transpose_leaves(
         for i, value in zip(linear, values, strict=True):
             filled[i] = value
         return _with(tiled)(
-            x, *filled, treedef=treedef, axes=axes, precision=precision, out_dtype=out_dtype
+            x,
+            *filled,
+            treedef=treedef,
+            axes=axes,
+            precision=precision,
+            out_dtype=out_dtype,
+            digits=DIGITS,
         )
 
     zeros = [jnp.zeros(leaves[i].aval.shape, leaves[i].aval.dtype) for i in linear]

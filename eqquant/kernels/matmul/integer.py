@@ -11,8 +11,11 @@ Each sum is exact in 32 bits. What is left out of $x_j$ is below $s / 254^3$: as
 
 import functools
 import operator
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -50,19 +53,25 @@ def supports(x: Array, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> b
 
 
 def integer(
-    x: Array, w: AbstractScaledArray, *, axes: Axes, precision: Any, accumulate: Any
+    x: Array,
+    w: AbstractScaledArray,
+    *,
+    axes: Axes,
+    precision: Any,
+    accumulate: Any,
+    digits: int = DIGITS,
 ) -> Array:
-    """As `reference`, where `supports` says so.
+    """As `reference`, where `supports` says so. One digit is exact if `x` comes from `rounded_rows`.
 
     A row of `x` that holds an infinity gives infinities or NaN, one that holds NaN gives NaN.
     """
     (x_axis,) = axes.x_contract
     x = jnp.moveaxis(x, x_axis, 0)
     columns = x.reshape(len(x), -1).astype(accumulate)
-    digits, unit = _digits(columns)
-    sums = _sums(digits, w).reshape(*w.shape[:-1], DIGITS, columns.shape[1]).astype(accumulate)
-    y = lax.index_in_dim(sums, DIGITS - 1, w.ndim - 1, keepdims=False)
-    for i in reversed(range(DIGITS - 1)):
+    parts, unit = _digits(columns, digits)
+    sums = _sums(parts, w).reshape(*w.shape[:-1], digits, columns.shape[1]).astype(accumulate)
+    y = lax.index_in_dim(sums, digits - 1, w.ndim - 1, keepdims=False)
+    for i in reversed(range(digits - 1)):
         y = lax.index_in_dim(sums, i, w.ndim - 1, keepdims=False) + y / BASE
     if w.scale is not None:
         free = range(w.ndim - 1)
@@ -70,18 +79,42 @@ def integer(
     return jnp.moveaxis(y * unit, -1, 0).reshape(*x.shape[1:], *w.shape[:-1])
 
 
-def _digits(x: Array) -> tuple[Array, Array]:
-    """The digits of the columns of `x`, side by side (inputs, digits x columns), and their units."""
-    largest = jnp.max(jnp.abs(x), axis=0, initial=0)
+def rounded_rows(x: Array, axes: Sequence[int]) -> Array:
+    """`x` rounded to 8 bits: the numbers along `axes` to integers times their largest magnitude over 127.
+    Its derivative is the identity."""
+    return _rounded_rows(x, tuple(axes))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded_rows(x: Array, axes: tuple[int, ...]) -> Array:
+    scaled, unit = _scaled(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes)
+    # Rounding to the dtype of `x` may move a number, but not to where another integer is nearest.
+    rounded = jnp.where(jnp.isinf(unit), jnp.where(jnp.isinf(x), x, 0), jnp.round(scaled) * unit)
+    return rounded.astype(x.dtype)
+
+
+@_rounded_rows.defjvp
+def _rounded_rows_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _rounded_rows(*primals, axes), tangents[0]
+
+
+def _scaled(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
+    """`x` over a 127th of its largest magnitude along `axes`, and that: the unit of its digits."""
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
     unit = jnp.maximum(largest / 127, jnp.finfo(x.dtype).tiny)
-    # Infinite inputs are the only ones that count in their column.
-    rest = jnp.where(jnp.isinf(x), jnp.sign(x) * 127, x / unit)
+    # Infinite inputs are the only ones that count in their row.
+    return jnp.where(jnp.isinf(x), jnp.sign(x) * 127, x / unit), unit
+
+
+def _digits(x: Array, count: int) -> tuple[Array, Array]:
+    """The digits of the columns of `x`, side by side (inputs, digits x columns), and their units."""
+    rest, unit = _scaled(x, (0,))
     digits = []
-    for _ in range(DIGITS):
+    for _ in range(count):
         digit = jnp.round(rest)
         digits.append(digit.astype(jnp.int8))
         rest = (rest - digit) * BASE
-    return jnp.concatenate(digits, axis=1), unit
+    return jnp.concatenate(digits, axis=1), unit[0]
 
 
 def _sums(digits: Array, w: AbstractScaledArray) -> Array:
@@ -110,6 +143,11 @@ def _sums(digits: Array, w: AbstractScaledArray) -> Array:
 
 
 def _dot(values: Array, digits: Array) -> Array:
-    # The weight comes first: then XLA's library does not copy it to another layout.
+    # The weight comes first: then XLA's library does not copy it to another layout. A single column
+    # it does not take.
+    columns = digits.shape[1]
+    if columns == 1:
+        digits = jnp.pad(digits, ((0, 0), (0, 1)))
     numbers = (((values.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(values, digits, numbers, preferred_element_type=jnp.int32)
+    sums = lax.dot_general(values, digits, numbers, preferred_element_type=jnp.int32)
+    return lax.slice_in_dim(sums, 0, columns, axis=values.ndim - 1)
