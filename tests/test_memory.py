@@ -112,9 +112,14 @@ def test_products_of_every_format(name, product, rows):
     size = 2048
     w, x = jax.eval_shape(FORMATS[name], array(size, size)), array(rows, size)
     forward, back = both_passes(PRODUCTS[product][0], w, x)
-    # Two halves of the inputs or outputs, beside a tenth of the weight.
-    assert forward < size * size * 4 / 10 + 2 * nbytes(x)
-    assert back < size * size * 4 / 10 + 2 * nbytes(x)
+    # Beside a tenth of the weight: the inputs taken apart, the outputs, and scales that were quantized.
+    allowed = (
+        size * size * 4 / 10
+        + 2 * nbytes(x)
+        + (nbytes(jax.eval_shape(lambda w: w.scale, w)) if "double" in name else 0)
+    )
+    assert forward < allowed
+    assert back < allowed
 
 
 @each_layout
