@@ -31,6 +31,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "eqquant": eqq.__version__,
+        "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
     }
 
 
