@@ -4,6 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 
 class Block(eqx.Module):
@@ -37,6 +38,28 @@ class Transformer(eqx.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def decode_step(model: Transformer, x: Any, caches: Any) -> tuple[Any, Any]:
+    """One token after the `caches`: for each block, the keys and values (tokens, heads, size) so far, of which
+    the first are dropped."""
+    new = []
+    for block, (keys, values) in zip(model.blocks, caches, strict=True):
+        attention, h = block.attention, block.norms[0](x)
+        heads = (attention.num_heads, -1)
+        query, key, value = (
+            project(h).reshape(heads)
+            for project in (attention.query_proj, attention.key_proj, attention.value_proj)
+        )
+        keys, values = (
+            jnp.concatenate([cache[1:], now[None]]) for cache, now in ((keys, key), (values, value))
+        )
+        scores = jnp.einsum("hd,thd->ht", query, keys) / query.shape[-1] ** 0.5
+        mixed = jnp.einsum("ht,thd->hd", jax.nn.softmax(scores), values)
+        x = x + attention.output_proj(mixed.reshape(-1))
+        x = x + block.mlp(block.norms[1](x))
+        new.append((keys, values))
+    return x, new
 
 
 def checkpointed_stack(blocks: Any, x: Any) -> Any:

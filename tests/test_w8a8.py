@@ -121,6 +121,19 @@ def test_what_is_not_finite_stays_so():
     np.testing.assert_allclose(got[3, 0], -3, rtol=1e-2)
 
 
+def test_export_for_every_platform():
+    w, x = W8A8(normal(6, 8)), normal(2, 8)
+
+    def run(scale, weight, x):
+        w = eqq.Array8B(scale, weight, activations="int8")
+        return eqq.implicit(lambda x, w: x @ w.T)(x, w)
+
+    platforms = ("cpu", "cuda", "tpu")
+    exported = jax.export.export(jax.jit(run), platforms=platforms)(w.scale, w.weight, x)
+    assert "xi8>" in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(w.scale, w.weight, x), run(w.scale, w.weight, x))
+
+
 @pytest.mark.parametrize("rows", [1, 16])
 def test_memory(rows):
     w = jax.eval_shape(W8A8, jax.ShapeDtypeStruct((1024, 1024), jnp.float32))
