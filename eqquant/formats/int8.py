@@ -157,7 +157,7 @@ class Array8B(AbstractScaledArray):
             that are summed up together, a row of activations, share a scale that is found on the fly, as in
             [LLM.int8()](https://arxiv.org/abs/2208.07339). Faster, and less exact: such a product is
             **not** that of the materialized array, but of the rounded activations with it. Its derivative is
-            that of the product without rounding.
+            that of the product without rounding. Convolutions do not round.
 
         **Returns:** an `Array8B` of the shape of `array`. All-zero groups give exact zeros;
         groups whose largest magnitude is below about 2e-36 count as zero. An array that is sharded
