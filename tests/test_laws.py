@@ -1,5 +1,6 @@
 """Every law holds for every format, in every mode, on arrays of stored leaves that nobody quantized."""
 
+import hypothesis
 import jax
 import pytest
 
@@ -20,7 +21,8 @@ def test_eager(law: str, format: str) -> None:
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "eager"])
 @pytest.mark.parametrize("law", LAWS)
 def test_transformed(law: str, mode: testing.Mode) -> None:
-    testing.check_law(law, testing.arrays, mode)
+    max_examples = -(-hypothesis.settings().max_examples * 3 // 5)
+    testing.check_law(law, testing.arrays, mode, max_examples=max_examples)
 
 
 @pytest.mark.parametrize("name", sorted(DENSE_PROGRAMS))
