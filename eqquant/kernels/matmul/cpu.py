@@ -12,10 +12,9 @@ from .tiled import tiled
 
 
 # Measured on two AVX-512 cores, float32, time of `tiled` over that of `integer`, for int8 and binary weights:
-#     rows         1           4          16          64
-#     4096^2    2.5, 1.7    2.9, 1.9    1.3, 1.3    0.5, 0.5
-#     1024^2    1.0, 0.6                0.9, 1.2
-#     384^2     1.0, 1.2                0.7, 0.5
+#     rows         1           4           8          16
+#     4096^2    2.1, 1.2    2.4, 1.5    1.3, 1.2    0.9, 0.9
+#     1024^2    1.6, 0.6    1.5, 0.7
 MAX_ROWS_OF_DIGITS = 8
 MIN_SIZE_OF_DIGITS = 1 << 20
 MIN_SIZE_OF_DIGITS_IF_PACKED = 1 << 22
