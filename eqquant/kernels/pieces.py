@@ -49,15 +49,19 @@ def by_pieces(
             return y + part
         return lax.dynamic_update_slice_in_dim(y, part, start, y_axis)
 
-    # A zero of each operand, because inside `shard_map` it has to vary over the mesh as they do.
-    zeros = [lax.full_like(leaf, 0, dtype, shape) for leaf in jtu.tree_leaves((x, w))]
-    y = functools.reduce(operator.add, zeros)
+    y = zeros((x, w), shape, dtype)
     y, _ = lax.scan(lambda y, i: (put(y, piece(i, x, w), i * rows), None), y, jnp.arange(count))
     if done == length:
         return y
     if x_axis is not None:
         x = lax.slice_in_dim(x, done, length, axis=x_axis)
     return put(y, product(x, slice_rows(w, axis, done, length)), done)
+
+
+def zeros(operands: Any, shape: Sequence[int], dtype: Any) -> Array:
+    """Zeros to sum up what comes of `operands`: inside `shard_map` they vary over the mesh as these do."""
+    each = [lax.full_like(leaf, 0, dtype, shape) for leaf in jtu.tree_leaves(operands)]
+    return functools.reduce(operator.add, each)
 
 
 def rows_per_piece(w: AbstractScaledArray, axis: int, limit: int) -> int:

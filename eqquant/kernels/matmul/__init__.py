@@ -4,4 +4,5 @@ from .cpu import cpu as cpu
 from .fused import fused as fused
 from .integer import integer as integer
 from .reference import reference as reference
+from .tables import tables as tables
 from .tiled import tiled as tiled
