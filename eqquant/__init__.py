@@ -15,6 +15,7 @@ from ._dispatch import (
 )
 from ._implicit import Implicit as Implicit, implicit as implicit, is_implicit as is_implicit
 from .audit import Audit as Audit, audit as audit
+from .column_major import column_major as column_major, ColumnMajor as ColumnMajor
 from .formats import (
     Array1B as Array1B,
     Array8B as Array8B,

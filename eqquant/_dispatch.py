@@ -55,6 +55,10 @@ class ImplicitArray(eqx.Module):
         """This array, with what it puts off while a function is evaluated carried out."""
         return self
 
+    def lay_out(self) -> "ImplicitArray":
+        """This array in the form that rules know which have no row for its class."""
+        return self.settle()
+
     def sliceable(self, axes: Sequence[int] = (0,)) -> "ImplicitArray | None":
         """This array with every leaf as long as it is along `axes`, so that it can be cut or joined
         there as a pytree; None if it has no such form."""
@@ -367,10 +371,6 @@ def apply(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any])
     Returns the list of its results, arrays or implicit arrays.
     """
     rule = resolve(primitive, *map(type, operands))
-    if rule is None and any(
-        settled is not x for x, settled in zip(operands, map(settle, operands), strict=True)
-    ):
-        return apply(primitive, [settle(x) for x in operands], params)
     if rule is not None:
         with jax.ensure_compile_time_eval():  # the value of a literal is known under tracing too
             arrays = [
@@ -381,6 +381,9 @@ def apply(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any])
             if (records := _records.get()) is not None and not getattr(rule, "transparent", False):
                 records.append(_record(primitive, operands, rule))
             return list(out) if primitive.multiple_results else [out]
+    laid_out = [lay_out(x) for x in operands]
+    if any(new is not old for new, old in zip(laid_out, operands, strict=True)):
+        return apply(primitive, laid_out, params)
     return densify(primitive, operands, params)
 
 
@@ -393,6 +396,11 @@ def densify(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any
 def settle(x: Any) -> Any:
     """`x`, with what it puts off (a transposition, say) carried out."""
     return x.settle() if isinstance(x, ImplicitArray) else x
+
+
+def lay_out(x: Any) -> Any:
+    """`x` in the form that rules know which have no row for its class."""
+    return x.lay_out() if isinstance(x, ImplicitArray) else x
 
 
 def as_dense(x: Any) -> Any:

@@ -12,9 +12,10 @@ from jax import Array
 from jaxtyping import Float
 
 from ._array import AbstractScaledArray
-from ._dispatch import as_dense
+from ._dispatch import as_dense, lay_out
 from ._implicit import is_implicit
 from ._quantize import as_float_array, check_choice, normalize_axes
+from .column_major import ColumnMajor
 from .formats import Array8B
 from .tiles import spread
 
@@ -60,7 +61,7 @@ def trainable(model: Any, *, scales: bool = False) -> Any:
                 eqx.is_inexact_array(leaf)
                 and (
                     jtu.keystr(path[:1], simple=True) in x.trained
-                    or (scales and isinstance(x, AbstractScaledArray))
+                    or (scales and isinstance(x, AbstractScaledArray | ColumnMajor))
                 )
             ),
             x,
@@ -164,6 +165,7 @@ def fake_quantize(
 
 def _largest(q: Any) -> Array:
     """The largest magnitude that the place of each element can hold, to rounding."""
+    q = lay_out(q)
     if not isinstance(q, AbstractScaledArray):
         raise TypeError(
             f'gradient="clipped" needs a format with scales, such as Array1B.quantize; how gave {q!r}.'

@@ -28,17 +28,18 @@ MAY_IMPORT = {
     "_implicit": "_compat _dispatch",
     "_array": "_dispatch _implicit _sharding tiles",
     "_quantize": "_array _sharding",
+    "column_major": "_array _dispatch _sharding tiles",
     "formats": "_array _implicit _quantize _sharding tiles formats",
     "kernels": "_array _compat tiles kernels",
-    "rules": "_array _compat _dispatch _implicit _sharding tiles kernels rules",
+    "rules": "_array _compat _dispatch _implicit _sharding column_major tiles kernels rules",
     "matmul": "formats kernels",
-    "training": "_array _dispatch _implicit _quantize formats tiles",
+    "training": "_array column_major _dispatch _implicit _quantize formats tiles",
     "lora": "_array _dispatch _implicit model report",
     "model": "_array _dispatch _implicit",
     "report": "_array _implicit _table model",
     "audit": "_dispatch _implicit _table",
     "testing": "_array _dispatch _implicit formats model testing tiles",
-    "__init__": "_array _dispatch _implicit audit formats lora matmul model report rules training",
+    "__init__": "_array _dispatch _implicit audit column_major formats lora matmul model report rules training",
 }
 PRIVATE = re.compile(r"^(jax\._src|equinox\._|plum\._)")
 FORBIDDEN_TEXT = {

@@ -18,9 +18,9 @@ from jax import Array, lax
 
 from .._array import AbstractScaledArray, QuantizedArray
 from .._dispatch import apply, dense_nbytes, densify, register, report_materialized, transparent
+from ..column_major import ColumnMajor, TransposedView
 from ..kernels import convolve, quantized_dot_general
 from ..tiles import dynamic_slice, remove_axis
-from .structural import TransposedView
 
 
 # ---------------------------------------------------------------------------------- dot_general
@@ -79,6 +79,18 @@ def dot_general_view_array(
     batch, x_free = len(xb), x.ndim - len(xb) - len(xc)
     moved = [*range(batch), *range(batch + x_free, y.ndim), *range(batch, batch + x_free)]
     return lax.transpose(y, moved)
+
+
+@register(lax.dot_general_p)
+@transparent
+def dot_general_array_column_major(primitive: Any, x: Array, w: ColumnMajor, **params: Any) -> Any:
+    return apply(primitive, [x, w.view], params)[0]
+
+
+@register(lax.dot_general_p)
+@transparent
+def dot_general_column_major_array(primitive: Any, w: ColumnMajor, x: Array, **params: Any) -> Any:
+    return apply(primitive, [w.view, x], params)[0]
 
 
 @register(lax.dot_general_p)

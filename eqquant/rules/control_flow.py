@@ -26,6 +26,7 @@ from .. import _compat, _sharding
 from .._array import AbstractScaledArray, QuantizedArray
 from .._dispatch import (
     as_dense,
+    lay_out,
     recording,
     register,
     report_materialized,
@@ -412,7 +413,7 @@ def custom_vmap_call_any(primitive: Any, *operands: QuantizedArray | Array, **pa
 @transparent
 def shard_map_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
     mesh = params["mesh"]
-
+    operands = tuple(map(lay_out, operands))
     flat = [x.unnested() if isinstance(x, AbstractScaledArray) else x for x in operands]
 
     def specs(x: Any, spec: PartitionSpec) -> Any:

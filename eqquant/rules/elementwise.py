@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from .. import _compat
 from .._array import AbstractScaledArray, cast, QuantizedArray
 from .._dispatch import as_dense, register, report_materialized, transparent
+from ..column_major import ColumnMajor
 
 
 _ON_EACH_LEAF = ("copy", "copy_p", "stop_gradient", "name", "pvary", "pcast")
@@ -135,7 +136,7 @@ def device_put_any(primitive: Any, *xs: QuantizedArray | Array, **params: Any) -
     for x, device, source, copy in zip(
         xs, params["devices"], params["srcs"], params["copy_semantics"], strict=True
     ):
-        if isinstance(x, AbstractScaledArray) and isinstance(device, NamedSharding):
+        if isinstance(x, AbstractScaledArray | ColumnMajor) and isinstance(device, NamedSharding):
             out.append(x.with_sharding(device))
         else:
             each = dict(params, devices=(device,), srcs=(source,), copy_semantics=(copy,))

@@ -22,33 +22,9 @@ from jax.core import Tracer
 
 from .. import tiles
 from .._array import AbstractScaledArray, QuantizedArray
-from .._dispatch import ImplicitArray, register
+from .._dispatch import apply, register, transparent
+from ..column_major import ColumnMajor, TransposedView
 from ..tiles import Leaf, Unaligned
-
-
-class TransposedView(ImplicitArray):
-    """A quantized array seen with its axes permuted, while a function is being evaluated.
-
-    `dot_general` reads the stored order directly; every other rule, and the caller of `implicit`,
-    gets the leaves transposed.
-    """
-
-    array: AbstractScaledArray
-    permutation: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.array.shape[axis] for axis in self.permutation)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.array.dtype
-
-    def settle(self) -> AbstractScaledArray:
-        return leafwise(self.array, lambda leaf: tiles.transpose(leaf, self.permutation))
-
-    def materialize(self) -> Array:
-        return lax.transpose(self.array.materialize(), self.permutation)
 
 
 def leafwise(x: AbstractScaledArray, move: Callable[[Leaf], Leaf]) -> Any:
@@ -70,6 +46,26 @@ def transpose_scaled(
 def transpose_view(primitive: Any, x: TransposedView, *, permutation: Any, **params: Any) -> Any:
     permutation = tuple(x.permutation[axis] for axis in permutation)
     return TransposedView(array=x.array, permutation=permutation)  # pyright: ignore[reportCallIssue]
+
+
+@register(lax.transpose_p, lax.convert_element_type_p, lax.neg_p, "copy", "copy_p", "stop_gradient")
+@transparent
+def as_view_column_major(primitive: Any, x: ColumnMajor, **params: Any) -> Any:
+    """What a view of the stored array gives, and column-major again where that keeps the order."""
+    (y,) = apply(primitive, [x.view], params)
+    if isinstance(y, TransposedView) and y.permutation == x.view.permutation:
+        return ColumnMajor(y.array)  # pyright: ignore[reportCallIssue]
+    return y
+
+
+@register(lax.convert_element_type_p, lax.neg_p, "copy", "copy_p", "stop_gradient")
+@transparent
+def on_stored_view(primitive: Any, x: TransposedView, **params: Any) -> Any:
+    """Elementwise: on what is stored."""
+    (y,) = apply(primitive, [x.array], params)
+    if isinstance(y, AbstractScaledArray):
+        return TransposedView(array=y, permutation=x.permutation)  # pyright: ignore[reportCallIssue]
+    return lax.transpose(y, x.permutation)
 
 
 @register(lax.reshape_p)

@@ -106,9 +106,12 @@ def _look_up_scaled(
 
     count = len(payload) // bytes_per_scale
     done = count * bytes_per_scale
-    whole = [a[:done].reshape(count, bytes_per_scale, a.shape[1]) for a in (parts, payload)]
+
+    def whole(a: Array) -> Array:
+        return a[:done].reshape(count, bytes_per_scale, a.shape[1])
+
     start = zeros((parts, payload, scales), payload.shape[1:], scales.dtype)
-    y, _ = lax.scan(step, start, (*whole, scales[:count]))
+    y, _ = lax.scan(step, start, (whole(parts), whole(payload), scales[:count]))
     if done < len(payload):
         y, _ = step(y, (parts[done:], payload[done:], scales[count]))
     return y
