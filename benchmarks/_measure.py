@@ -1,12 +1,14 @@
 """Interleaved measurements: the candidates take turns, so that a busy moment hits all alike."""
 
+import itertools
 import json
+import math
 import os
 import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import eqquant as eqq
 
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+SHORT = 2e-3  # seconds; shorter calls are repeated until they add up to this
 
 
 def machine() -> dict[str, Any]:
@@ -42,10 +45,22 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def timed(calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
+    """Measures one of the calls, which do the same on different data and take turns."""
+    turns = itertools.cycle(calls)
+    seconds(next(turns))
+    repeats = max(1, math.ceil(SHORT / seconds(next(turns))))
+    return lambda: sum(seconds(next(turns)) for _ in range(repeats)) / repeats
+
+
 def interleaved(
-    candidates: dict[str, Callable[[], float]], runs: int, baseline: str
+    candidates: dict[str, Callable[[], float]],
+    runs: int,
+    baseline: str,
+    budget: float = math.inf,
 ) -> dict[str, dict[str, float]]:
-    """Each candidate measures itself once in each of `runs` rounds.
+    """Each candidate measures itself once in each of `runs` rounds; one that has taken more than `budget`
+    seconds in all sits out the rounds after its third, unless it is the baseline.
 
     Returns for each: the median in seconds, and the median, lower and upper quartile of its
     ratio to the baseline of the same round (below 1: faster than the baseline).
@@ -53,10 +68,11 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(runs):
         for name, measure in candidates.items():
-            samples[name].append(measure())
+            if name == baseline or len(samples[name]) < 3 or sum(samples[name]) < budget:
+                samples[name].append(measure())
     out = {}
     for name, times in samples.items():
-        ratios = [a / b for a, b in zip(times, samples[baseline], strict=True)]
+        ratios = [a / b for a, b in zip(times, samples[baseline], strict=False)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         out[name] = dict(median=statistics.median(times), ratio=middle, low=low, high=high)
     return out

@@ -5,14 +5,13 @@ python benchmarks/bench_matmul.py [--only "4096 square"] [--rows 1 16] [--runs 1
 """
 
 import argparse
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _measure import interleaved, machine, save, seconds
+from _measure import interleaved, machine, save, timed
 from shapes import LINEAR, ROWS
 
 import eqquant as eqq
@@ -32,7 +31,6 @@ FORMATS: dict[str, Callable[[int], Callable[[Any], Any]]] = {
     "RSROperatorTernary": lambda axis: partial(eqq.RSROperatorTernary.quantize, axis=axis),
 }
 BASELINE = "dense float32"
-SHORT = 2e-3  # seconds; shorter calls are repeated until they add up to this
 
 # As `jax.vmap(eqx.nn.Linear(...))` has it, weight (outputs, inputs); and as `x @ w` has it, weight (inputs,
 # outputs). (Dense `x @ w.T` is no fair baseline: with one row, XLA for CPU first copies the transposed weight,
@@ -46,14 +44,7 @@ ORIENTATIONS: dict[str, Callable[[Any, Any], Any]] = {
 def candidate(product: Callable[[Any, Any], Any], w: Any, x: Any) -> Callable[[], float]:
     """Measures one call of the compiled product."""
     compiled = jax.jit(eqq.implicit(product)).lower(w, x).compile()
-    run = partial(compiled, w, x)
-    seconds(run)
-    calls = max(1, math.ceil(SHORT / seconds(run)))
-
-    def measure() -> float:
-        return sum(seconds(run) for _ in range(calls)) / calls
-
-    return measure
+    return timed([partial(compiled, w, x)])
 
 
 def main() -> None:

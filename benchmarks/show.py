@@ -1,0 +1,171 @@
+"""Turns the files in `results/` into the tables of docs/pages/speed.md, and `matmul.json` into the plot beside it.
+
+python benchmarks/show.py
+"""
+
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "pages" / "speed.md"
+IMAGE = PAGE.parent / "images" / "matmul.png"
+BASELINE = "dense float32"
+SHAPE = "4096 square"
+# The format of eqquant, and what is next to it in eformer and qwix.
+SAME = {
+    "Array8B": ("eformer Array8B", "qwix int8"),
+    "Array8B, int8 activations": ("", "qwix int8, int8 activations"),
+    "ArrayNF4": ("eformer ArrayNF4", "qwix nf4"),
+    "Array1B, ternary": ("eformer Array1B", ""),
+    "RSROperatorBinary": ("eformer RSROperatorBinary", ""),
+    "RSROperatorTernary": ("eformer RSROperatorTernary", ""),
+}
+BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(?:\|.*\n)*")
+
+
+def stored_as(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def rows_of(stored: Any, shape: str, orientation: str) -> list[Any]:
+    """The measured products of a shape, by rows."""
+    return [
+        row
+        for row in stored["results"]["rows"]
+        if (row["name"], row["orientation"], row["dtype"]) == (shape, orientation, "float32")
+    ]
+
+
+def table(stored: Any, shape: str, orientation: str) -> str:
+    """A Markdown table: for each format and number of rows, dense time over time."""
+    rows = rows_of(stored, shape, orientation)
+    lines = [
+        f"| {shape}, `{orientation}` | " + " | ".join(f"{row['rows']} rows" for row in rows) + " |",
+        "|---|" + "---|" * len(rows),
+        "| dense float32, ms | "
+        + " | ".join(f"{row['times'][BASELINE]['median'] * 1e3:.2f}" for row in rows)
+        + " |",
+    ]
+    for name in rows[0]["times"]:
+        if name != BASELINE:
+            found = [1 / row["times"][name]["ratio"] for row in rows]
+            lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in found) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def fastest(candidates: Any, dtype: str) -> dict[str, Any]:
+    """The fastest way of each library and format with such activations; dense float32 and bfloat16 always."""
+    best: dict[str, Any] = {}
+    for name, row in candidates.items():
+        key = name if row["library"] == "dense" else f"{row['library']} {row['format']}"
+        if row["library"] != "dense" and row["dtype"] != dtype:
+            continue
+        if key not in best or row.get("ratio", math.inf) < best[key].get("ratio", math.inf):
+            best[key] = row
+    return best
+
+
+def peers_table(files: list[str], dtype: str) -> str:
+    """A Markdown table: for each library and format, dense time over time, by file and number of rows."""
+    heads, columns = [], []
+    for file in files:
+        for row in stored_as(file)["results"]["rows"]:
+            heads.append(", ".join([f"{row['rows']} rows", *file.split("_")[1:]]))
+            columns.append(fastest(row["candidates"], dtype))
+    times = [f"{column[BASELINE]['median'] * 1e3:.2f}" for column in columns]
+    lines = [
+        f"| {dtype} activations | " + " | ".join([*heads, "temporaries, MB", "error"]) + " |",
+        "|---|" + "---|" * (len(heads) + 2),
+        "| dense float32, ms | " + " | ".join([*times, "0.0", ""]) + "|",
+    ]
+    for name, first in columns[0].items():
+        if name != BASELINE:
+            cells = [f"{1 / column[name]['ratio']:.2f}" for column in columns]
+            cells += [f"{first['temp_bytes'] / 1e6:.1f}", f"{first['error']:.0e}"]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def against_table(files: list[str], dtype: str) -> str:
+    """A Markdown table: with one row, the time of dense bfloat16 and of the peers over that of eqquant."""
+    lines = [
+        "| | large temporaries | dense bfloat16 | eformer | qwix |",
+        "|---|---|---|---|---|",
+    ]
+    for ours, theirs in SAME.items():
+        for file in files:
+            first = stored_as(file)["results"]["rows"][0]
+            best = fastest(first["candidates"], dtype)
+            mine = best[f"eqquant {ours}"]["ratio"]
+            cells = [
+                f"{best[name]['ratio'] / mine:.1f}" if name else ""
+                for name in ("dense bfloat16", *theirs)
+            ]
+            memory = "kept" if file.endswith("kept") else "returned"
+            lines.append(f"| {ours} | {memory} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_tables(page: str) -> str:
+    """The page with every table after its comment: `<!-- table: shape, orientation -->`,
+    `<!-- table: peers of files, dtype -->`, or `<!-- table: against peers of files, dtype -->`."""
+
+    def replaced(match: re.Match[str]) -> str:
+        what, how = match[2].split(", ")
+        for kind, of in {"peers of ": peers_table, "against peers of ": against_table}.items():
+            if what.startswith(kind):
+                return match[1] + of(what.removeprefix(kind).split(), how)
+        return match[1] + table(stored_as("matmul"), what, how)
+
+    return BLOCK.sub(replaced, page)
+
+
+def plot(stored: Any, file: pathlib.Path) -> None:
+    """Bars: dense time over time, for each format and number of rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = rows_of(stored, SHAPE, "w @ x")
+    names = [name for name in rows[0]["times"] if name != BASELINE]
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        times = [row["times"][name] for row in rows]
+        speed = [1 / t["ratio"] for t in times]
+        spread = [
+            [s - 1 / t["high"] for s, t in zip(speed, times, strict=True)],
+            [1 / t["low"] - s for s, t in zip(speed, times, strict=True)],
+        ]
+        places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(rows))]
+        axes.bar(places, speed, width, yerr=spread, label=name, error_kw={"linewidth": 0.7})
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(rows)), [str(row["rows"]) for row in rows])
+    axes.set_xlabel("rows: vectors that meet the weight at once")
+    axes.set_ylabel("dense float32 time / time")
+    machine = stored["machine"]
+    axes.set_title(
+        f"{rows[0]['outputs']} x {rows[0]['inputs']} float32 activations, {machine['cpu']}, "
+        f"{machine['cores']} cores, JAX {machine['jax']}",
+        fontsize=10,
+    )
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    plot(stored_as("matmul"), RESULTS / "matmul.png")
+    IMAGE.parent.mkdir(exist_ok=True)
+    IMAGE.write_bytes((RESULTS / "matmul.png").read_bytes())
+    print("wrote results/matmul.png and the tables of docs/pages/speed.md")
+
+
+if __name__ == "__main__":
+    main()
