@@ -218,6 +218,47 @@ def test_preferred_element_type_is_accumulated_in():
     np.testing.assert_allclose(y, 4096.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("how", "w_dtype", "x_dtype", "operands"),
+    [
+        (eqq.Array8B.quantize, jnp.bfloat16, jnp.bfloat16, "bf16"),
+        (eqq.Array8B.quantize, jnp.float32, jnp.bfloat16, "bf16"),  # integers, exact in bfloat16
+        (eqq.Array1B.quantize, jnp.float16, jnp.float16, "f16"),
+        (
+            eqq.ArrayNF4.quantize,
+            jnp.bfloat16,
+            jnp.bfloat16,
+            "bf16",
+        ),  # no less exact than the weight
+        (eqq.ArrayNF4.quantize, jnp.float32, jnp.bfloat16, "f32"),
+        (eqq.ArrayNF4.quantize, jnp.bfloat16, jnp.float16, "f32"),
+        (partial(eqq.Array8B.quantize, axis=0), jnp.float16, jnp.float16, "f32"),  # x s overflows
+        (eqq.Array8B.quantize, jnp.bfloat16, jnp.float32, "f32"),
+    ],
+)
+@pytest.mark.parametrize("implementation", [fused, tiled], ids=lambda f: f.__name__)
+def test_half_precision_is_multiplied_where_that_loses_nothing(
+    implementation, how, w_dtype, x_dtype, operands
+):
+    rng = np.random.default_rng(6)
+    w = how(jnp.asarray(rng.normal(size=(6, 80)), jnp.float32), dtype=w_dtype)
+    x = jnp.asarray(rng.normal(size=(4, 80)), x_dtype)
+    product = Product(x, w, (((1,), (1,)), ((), ())))
+    options = {"axes": Axes.of(product.numbers), "precision": None, "accumulate": jnp.float32}
+    lowered = jax.jit(partial(implementation, **options)).lower(x, w)
+    dots = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+    assert dots and all(f"x{operands}>, tensor" in line and line.endswith("xf32>") for line in dots)
+    y = lowered.compile()(x, w)
+    product.check(y)
+    if w.integers:  # as exact as sums in float32
+        eps = (product.terms + 4) * float(jnp.finfo(jnp.float32).eps)
+        exact = (
+            np.asarray(x, np.float64)
+            @ np.asarray(w.replace(dtype=jnp.dtype("float32")).materialize(), np.float64).T
+        )
+        assert (np.abs(np.asarray(y, np.float64) - exact) <= eps * product.magnitudes).all()
+
+
 @pytest.mark.parametrize("implementation", [fused, tiled], ids=lambda f: f.__name__)
 def test_float64(implementation):
     with jax.enable_x64(True):

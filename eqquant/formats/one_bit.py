@@ -127,11 +127,11 @@ class Array1B(AbstractScaledArray):
 
     def plane(self, i: int, dtype: Any) -> Array:
         if self.levels == "binary":
-            return 2 * ((self.weight >> i) & 1).astype(dtype) - 1
+            return (2 * ((self.weight >> i) & 1).astype(jnp.int8) - 1).astype(dtype)
         # Times 3^i, in arithmetic modulo 1, the fraction begins with digit i: times 3, its integer part
         # is the digit.
         fraction = self.weight * jnp.uint8(3**i)
-        return ((fraction.astype(jnp.uint16) * 3) >> 8).astype(dtype) - 1
+        return (((fraction.astype(jnp.uint16) * 3) >> 8).astype(jnp.int8) - 1).astype(dtype)
 
     @classmethod
     def quantize(

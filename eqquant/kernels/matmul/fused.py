@@ -3,7 +3,6 @@
 import functools
 import operator
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,20 +27,24 @@ def fused(
     precision: Any,
     accumulate: Any,
     weight_first: bool = False,
+    half: bool = True,
 ) -> Array:
     """As `reference`, on the unscaled values of `w` where the scale can leave the sum.
 
-    The weight is not rounded to its logical dtype: the result is at least as precise. With `weight_first` it
-    is the left operand of the dot.
+    The operands of the dot are of `accumulate`; with `half` they are of the dtype of `x` where that has 16
+    bits and what is multiplied is exact in it, or as exact as `w` is. With `weight_first`, the weight is the
+    left one.
     """
-    product = partial(
-        _product, axes=axes, precision=precision, accumulate=accumulate, weight_first=weight_first
-    )
+    options: dict[str, Any] = dict(axes=axes, precision=precision, accumulate=accumulate)
+    options["weight_first"] = weight_first
+    half = half and jnp.finfo(x.dtype).bits == 16 and accumulate == jnp.float32
+    as_exact = x.dtype if half and w.dtype == x.dtype else accumulate
+    exact = x.dtype if half and w.integers else as_exact
     scale = None if w.scale is None else w.leaves()["scale"]
     free = axes.w_free(w.ndim)
     if scale is None or all(scale.is_constant_along(axis) for axis in axes.w_contract):
         # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.
-        y = product(x, w, None)
+        y = _product(x, w, None, operands=exact, **options)
         if scale is None:
             return y
         factors = spread(scale, (*axes.w_batch, *free)).astype(accumulate)
@@ -63,9 +66,9 @@ def fused(
         factors = lax.transpose(factors, order)
         x = x.astype(accumulate)
         x = x * lax.broadcast_in_dim(factors, x.shape, sorted(target.values()))
-        return product(x, w, None)
+        return _product(x, w, None, operands=accumulate, **options)
     # It has to be multiplied in.
-    return product(x, w, scale)
+    return _product(x, w, scale, operands=as_exact, **options)
 
 
 def _product(
@@ -76,6 +79,7 @@ def _product(
     axes: Axes,
     precision: Any,
     accumulate: Any,
+    operands: Any,
     weight_first: bool,
 ) -> Array:
     """The product with the values of `w`, times `scale` if there is one.
@@ -87,7 +91,7 @@ def _product(
 
     def dot(x: Array, values: Array) -> Array:
         options = dict(precision=precision, preferred_element_type=jnp.dtype(accumulate))
-        x = x.astype(accumulate)
+        x, values = x.astype(operands), values.astype(operands)
         if not weight_first:
             return lax.dot_general(x, values, axes.dimension_numbers, **options)
         (xc, wc), (xb, wb) = axes.dimension_numbers
@@ -98,9 +102,10 @@ def _product(
     packing = w.packing
     axis = -1 if packing is None else packing.axis % w.ndim
     if packing is None or axis in axes.w_batch:
-        values = w.values(accumulate)
+        values = w.values(operands if scale is None else accumulate)
         return dot(x, values if scale is None else values * spread(scale).astype(accumulate))
-    planes = [w.plane(i, accumulate) for i in range(packing.elements)]
+    dtype = operands if scale is None else accumulate
+    planes = [w.plane(i, dtype) for i in range(packing.elements)]
     if scale is not None:
         scales = _scale_planes(scale, packing)
         planes = [v * s.astype(accumulate) for v, s in zip(planes, scales, strict=True)]
