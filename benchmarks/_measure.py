@@ -78,6 +78,23 @@ def interleaved(
     return out
 
 
+def with_earlier(name: str, results: dict[str, Any], key: Sequence[str]) -> dict[str, Any]:
+    """The results, and those rows of `results/<name>.json` that differ in a field of `key` and were measured
+    on the same machine and in the same way."""
+    path = RESULTS / f"{name}.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    alike = stored.get("machine") == machine() and all(
+        stored["results"][field] == value for field, value in results.items() if field != "rows"
+    )
+    rows = {tuple(row[field] for field in key): row for row in results["rows"]}
+    earlier = (
+        {tuple(row[field] for field in key): row for row in stored["results"]["rows"]}
+        if alike
+        else {}
+    )
+    return {**results, "rows": [row for _, row in sorted({**earlier, **rows}.items())]}
+
+
 def save(name: str, results: Any) -> None:
     """Writes `results/<name>.json`, with the machine."""
     RESULTS.mkdir(exist_ok=True)

@@ -11,22 +11,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from _measure import interleaved, machine, save, timed
+from _measure import interleaved, machine, save, timed, with_earlier
 from shapes import LINEAR, ROWS
 
 import eqquant as eqq
 
 
-# By the axis that a product sums over.
-FORMATS: dict[str, Callable[[int], Callable[[Any], Any]]] = {
+def by_columns(
+    quantize: Callable[..., Any], axis: int, **options: Any
+) -> Callable[[Any], Any] | None:
+    return (lambda w: eqq.column_major(quantize(w, **options))) if axis == -1 else None
+
+
+# By the axis that a product sums over; None where a format has no such form.
+FORMATS: dict[str, Callable[[int], Callable[[Any], Any] | None]] = {
     "Array8B": lambda axis: partial(eqq.Array8B.quantize, axis=axis),
     "Array8B, int8 activations": lambda axis: partial(
         eqq.Array8B.quantize, axis=axis, activations="int8"
     ),
     "Array8B, blocks of 64": lambda axis: partial(eqq.Array8B.quantize, axis=axis, block_size=64),
     "ArrayNF4": lambda axis: partial(eqq.ArrayNF4.quantize, axis=axis),
+    "ArrayNF4, column-major": lambda axis: by_columns(eqq.ArrayNF4.quantize, axis),
     "Array1B, ternary": lambda axis: partial(eqq.Array1B.quantize, axis=axis),
+    "Array1B, ternary, column-major": lambda axis: by_columns(eqq.Array1B.quantize, axis),
     "Array1B, binary": lambda axis: partial(eqq.Array1B.quantize, axis=axis, levels="binary"),
+    "Array1B, binary, column-major": lambda axis: by_columns(
+        eqq.Array1B.quantize, axis, levels="binary"
+    ),
     "RSROperatorBinary": lambda axis: partial(eqq.RSROperatorBinary.quantize, axis=axis),
     "RSROperatorTernary": lambda axis: partial(eqq.RSROperatorTernary.quantize, axis=axis),
 }
@@ -65,7 +76,8 @@ def main() -> None:
             outputs_first = orientation == "w @ x"
             size = (shape.outputs, shape.inputs) if outputs_first else (shape.inputs, shape.outputs)
             dense = jax.random.normal(jax.random.key(0), size, jnp.float32)
-            weights = {name: of(-1 if outputs_first else 0)(dense) for name, of in FORMATS.items()}
+            formats = {name: of(-1 if outputs_first else 0) for name, of in FORMATS.items()}
+            weights = {name: how(dense) for name, how in formats.items() if how is not None}
             for dtype in args.dtypes:
                 for rows in args.rows:
                     x = jax.random.normal(jax.random.key(1), (rows, shape.inputs), jnp.float32)
@@ -89,7 +101,8 @@ def main() -> None:
                         print(
                             f"  {name:28}{1 / t['ratio']:6.2f} ({low:.2f}-{high:.2f})", flush=True
                         )
-    save(args.name, {"runs": args.runs, "rows": table})
+    key = ("name", "orientation", "dtype", "rows")
+    save(args.name, with_earlier(args.name, {"runs": args.runs, "rows": table}, key))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,13 @@ FORMATS = {
     "Array8B": eqq.Array8B.quantize,
     "Array8B, int8 activations": partial(eqq.Array8B.quantize, activations="int8"),
     "ArrayNF4": eqq.ArrayNF4.quantize,
+    "ArrayNF4, column-major": lambda w: eqq.column_major(eqq.ArrayNF4.quantize(w)),
     "Array1B, ternary": eqq.Array1B.quantize,
+    "Array1B, ternary, column-major": lambda w: eqq.column_major(eqq.Array1B.quantize(w)),
     "Array1B, binary": partial(eqq.Array1B.quantize, levels="binary"),
+    "Array1B, binary, column-major": lambda w: eqq.column_major(
+        eqq.Array1B.quantize(w, levels="binary")
+    ),
     "RSROperatorBinary": eqq.RSROperatorBinary.quantize,
     "RSROperatorTernary": eqq.RSROperatorTernary.quantize,
 }

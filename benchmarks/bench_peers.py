@@ -19,7 +19,6 @@ is left of the differences where they are kept, set
 
 import argparse
 import importlib.metadata
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import qwix
-from _measure import interleaved, machine, RESULTS, save, timed
+from _measure import interleaved, machine, save, timed, with_earlier
 from bench_matmul import BASELINE, FORMATS, ORIENTATIONS
 from eformer.jaximus import implicit
 from show import fastest
@@ -236,20 +235,6 @@ def print_table(best: dict[str, dict[str, Any]], title: str) -> None:
         )
 
 
-def with_earlier(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """The results, and those of other numbers of rows that the file has, measured in the same way."""
-    path = RESULTS / f"{name}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    measured = [(row["size"], row["rows"]) for row in results["rows"]]
-    same = stored.get("machine") == machine() and all(
-        stored["results"][key] == results[key] for key in ("runs", "versions")
-    )
-    earlier = stored["results"]["rows"] if same else []
-    kept = [row for row in earlier if (row["size"], row["rows"]) not in measured]
-    rows = sorted(kept + results["rows"], key=lambda row: (row["size"], row["rows"]))
-    return {**results, "rows": rows}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -279,10 +264,8 @@ def main() -> None:
         results.append({"size": args.size, "rows": rows, "candidates": table})
         for dtype in DTYPES:
             print_table(fastest(table, jnp.dtype(dtype).name), f"{rows} row(s), {dtype.__name__}")
-    save(
-        args.name,
-        with_earlier({"runs": args.runs, "versions": versions, "rows": results}, args.name),
-    )
+    found = {"runs": args.runs, "versions": versions, "rows": results}
+    save(args.name, with_earlier(args.name, found, ("size", "rows")))
 
 
 if __name__ == "__main__":

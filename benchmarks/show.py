@@ -32,20 +32,21 @@ def stored_as(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def rows_of(stored: Any, shape: str, orientation: str) -> list[Any]:
+def rows_of(stored: Any, shape: str, orientation: str, dtype: str = "float32") -> list[Any]:
     """The measured products of a shape, by rows."""
     return [
         row
         for row in stored["results"]["rows"]
-        if (row["name"], row["orientation"], row["dtype"]) == (shape, orientation, "float32")
+        if (row["name"], row["orientation"], row["dtype"]) == (shape, orientation, dtype)
     ]
 
 
-def table(stored: Any, shape: str, orientation: str) -> str:
+def table(stored: Any, shape: str, orientation: str, dtype: str = "float32") -> str:
     """A Markdown table: for each format and number of rows, dense time over time."""
-    rows = rows_of(stored, shape, orientation)
+    rows = rows_of(stored, shape, orientation, dtype)
+    title = f"{shape}, `{orientation}`" + f", {dtype}" * (dtype != "float32")
     lines = [
-        f"| {shape}, `{orientation}` | " + " | ".join(f"{row['rows']} rows" for row in rows) + " |",
+        f"| {title} | " + " | ".join(f"{row['rows']} rows" for row in rows) + " |",
         "|---|" + "---|" * len(rows),
         "| dense float32, ms | "
         + " | ".join(f"{row['times'][BASELINE]['median'] * 1e3:.2f}" for row in rows)
@@ -112,15 +113,15 @@ def against_table(files: list[str], dtype: str) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with every table after its comment: `<!-- table: shape, orientation -->`,
+    """The page with every table after its comment: `<!-- table: shape, orientation[, dtype] -->`,
     `<!-- table: peers of files, dtype -->`, or `<!-- table: against peers of files, dtype -->`."""
 
     def replaced(match: re.Match[str]) -> str:
-        what, how = match[2].split(", ")
+        what, *how = match[2].split(", ")
         for kind, of in {"peers of ": peers_table, "against peers of ": against_table}.items():
             if what.startswith(kind):
-                return match[1] + of(what.removeprefix(kind).split(), how)
-        return match[1] + table(stored_as("matmul"), what, how)
+                return match[1] + of(what.removeprefix(kind).split(), *how)
+        return match[1] + table(stored_as("matmul"), what, *how)
 
     return BLOCK.sub(replaced, page)
 

@@ -1,6 +1,7 @@
 """The products behind `dot_general`, against float64 and against each other."""
 
 import importlib
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -257,6 +258,26 @@ def test_half_precision_is_multiplied_where_that_loses_nothing(
             @ np.asarray(w.replace(dtype=jnp.dtype("float32")).materialize(), np.float64).T
         )
         assert (np.abs(np.asarray(y, np.float64) - exact) <= eps * product.magnitudes).all()
+
+
+@pytest.mark.parametrize("x_axes", ["mk", "km", "amk", "kma"])
+@pytest.mark.parametrize("w_axes", ["nk", "kn", "ank", "nka"])
+def test_bfloat16_in_every_layout(x_axes, w_axes):
+    """XLA for CPU raises for some layouts of products in bfloat16, and chooses layouts by what is around them."""
+    if "a" in x_axes and "a" in w_axes:
+        x_axes = x_axes.replace("a", "b")
+    lengths = {"a": 2, "b": 4, "m": 3, "n": 8, "k": 6}
+    rng = np.random.default_rng(7)
+    x, w = (rng.normal(size=[lengths[c] for c in axes]) for axes in (x_axes, w_axes))
+    x = jnp.asarray(x, jnp.bfloat16)
+    w = eqq.ArrayNF4.quantize(jnp.asarray(w, jnp.float32), block_size=4, dtype=jnp.bfloat16)
+    for out in itertools.permutations(sorted(set(x_axes + w_axes) - {"k"})):
+        equation = f"{x_axes},{w_axes}->{''.join(out)}"
+        f = eqq.implicit(lambda x, w: jnp.einsum(equation, jnp.sin(x), w))  # noqa: B023
+        want = np.einsum(equation, *(np.asarray(a, np.float64) for a in (jnp.sin(x), w)))
+        np.testing.assert_allclose(
+            np.asarray(jax.jit(f)(x, w), np.float64), want, rtol=0.05, atol=0.05
+        )
 
 
 @pytest.mark.parametrize("implementation", [fused, tiled], ids=lambda f: f.__name__)

@@ -9,6 +9,9 @@ from eqquant import _compat, _dispatch, testing
 from eqquant.testing import DENSE_PROGRAMS, FORMATS, LAWS, MODES, NO_QUANTIZED_OPERAND
 
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("law", LAWS)
 def test_eager(law: str, format: str) -> None:
@@ -60,7 +63,8 @@ def test_every_format_has_a_strategy() -> None:
 
 def test_no_pair_of_formats_is_ambiguous() -> None:
     formats = [getattr(eqq, name) for name in FORMATS]
-    classes = [*formats, eqq.AbstractScaledArray, eqq.QuantizedArray, jax.Array]
+    classes = [*formats, eqq.AbstractScaledArray, eqq.ColumnMajor, eqq.lora.AdaptedArray]
+    classes += [eqq.QuantizedArray, jax.Array]
     for name in _dispatch.rules():
         primitive = _compat.find_primitive(name)
         for first in classes:

@@ -153,8 +153,13 @@ def _abstract(
 quantized_dot_general_p.def_impl(partial(_compat.apply_primitive, quantized_dot_general_p))
 
 
+def _fused_on_cpu(x: Array, w: AbstractScaledArray, **options: Any) -> Array:
+    # XLA for CPU cannot multiply bfloat16 in every layout.
+    return fused(x, w, **options, half=False)
+
+
 def _lower_cpu(ctx: Any, *operands: Any, **params: Any) -> Any:
-    implementation = fused if _compat.is_partitioned(ctx) else cpu
+    implementation = _fused_on_cpu if _compat.is_partitioned(ctx) else cpu
     return mlir.lower_fun(_with(implementation), multiple_results=False)(ctx, *operands, **params)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ... import _compat
 from ..._array import AbstractScaledArray
 from ...tiles import Leaf, Packing, repeat, spread
 from .reference import Axes
@@ -28,15 +29,16 @@ def fused(
     accumulate: Any,
     weight_first: bool = False,
     half: bool = True,
+    isolated: bool = False,
 ) -> Array:
     """As `reference`, on the unscaled values of `w` where the scale can leave the sum.
 
     The operands of the dot are of `accumulate`; with `half` they are of the dtype of `x` where that has 16
     bits and what is multiplied is exact in it, or as exact as `w` is. With `weight_first`, the weight is the
-    left one.
+    left one. With `isolated`, XLA cannot change the layout of operands and result.
     """
     options: dict[str, Any] = dict(axes=axes, precision=precision, accumulate=accumulate)
-    options["weight_first"] = weight_first
+    options |= dict(weight_first=weight_first, isolated=isolated)
     half = half and jnp.finfo(x.dtype).bits == 16 and accumulate == jnp.float32
     as_exact = x.dtype if half and w.dtype == x.dtype else accumulate
     exact = x.dtype if half and w.integers else as_exact
@@ -81,6 +83,7 @@ def _product(
     accumulate: Any,
     operands: Any,
     weight_first: bool,
+    isolated: bool,
 ) -> Array:
     """The product with the values of `w`, times `scale` if there is one.
 
@@ -92,10 +95,17 @@ def _product(
     def dot(x: Array, values: Array) -> Array:
         options = dict(precision=precision, preferred_element_type=jnp.dtype(accumulate))
         x, values = x.astype(operands), values.astype(operands)
-        if not weight_first:
-            return lax.dot_general(x, values, axes.dimension_numbers, **options)
+        if isolated:
+            x, values = _compat.optimization_barrier((x, values))
         (xc, wc), (xb, wb) = axes.dimension_numbers
-        y = lax.dot_general(values, x, ((wc, xc), (wb, xb)), **options)
+        if weight_first:
+            y = lax.dot_general(values, x, ((wc, xc), (wb, xb)), **options)
+        else:
+            y = lax.dot_general(x, values, axes.dimension_numbers, **options)
+        if isolated:
+            y = _compat.optimization_barrier(y)
+        if not weight_first:
+            return y
         batch, outputs = len(wb), y.ndim - len(axes.x_free(x.ndim))
         return lax.transpose(y, [*range(batch), *range(outputs, y.ndim), *range(batch, outputs)])
 

@@ -46,6 +46,22 @@ def tiled(
     One axis of `w` is cut, and another one inside each piece until that is small enough: a free or
     batch axis gives the outputs piece by piece, a contracted one is summed up.
     """
+    rows = math.prod(x.shape[axis] for axis in axes.x_free(x.ndim))
+    # XLA for CPU multiplies bfloat16 as the product of two matrices in their plain layout, or not at all.
+    half = (
+        jnp.finfo(x.dtype).bits == 16
+        and rows >= MIN_ROWS_OF_HALF
+        and w.ndim == 2
+        and len(axes.w_contract) == 1
+        and not axes.w_batch
+    )
+    if half and (x.ndim != 2 or axes.x_contract != (1,)):
+        x = jnp.moveaxis(x, axes.x_contract[0], -1)
+        plain = Axes((1,), axes.w_contract, (), ())
+        y = tiled(
+            x.reshape(-1, x.shape[-1]), w, axes=plain, precision=precision, accumulate=accumulate
+        )
+        return y.reshape(*x.shape[:-1], -1)
     itemsize = jnp.dtype(accumulate).itemsize
     outputs = math.prod(axes.output_shape(x.shape, w.shape))
     limit = min(w.size // TILES, MAX_TILE_BYTES // itemsize)
@@ -60,10 +76,9 @@ def tiled(
         # Partial sums larger than a tile cost more than reading tiles that are not contiguous.
         wide = [axis for axis in order if limit * w.shape[axis] >= LANES * w.size]
         order.sort(key=lambda axis: axis in axes.w_contract or axis not in (*wide, *axes.w_batch))
-    rows = math.prod(x.shape[axis] for axis in axes.x_free(x.ndim))
     weight_first = axes.w_contract == (w.ndim - 1,) and rows <= MAX_ROWS_OF_WEIGHT_FIRST
     options = dict(precision=precision, accumulate=accumulate, weight_first=weight_first)
-    options["half"] = rows >= MIN_ROWS_OF_HALF
+    options |= dict(half=half, isolated=half)
     return _cut(order, x, w, axes, limit, options)
 
 
