@@ -2,6 +2,7 @@
 
 from .cpu import cpu as cpu
 from .fused import fused as fused
+from .gpu import gpu as gpu
 from .integer import integer as integer
 from .reference import reference as reference
 from .tables import tables as tables

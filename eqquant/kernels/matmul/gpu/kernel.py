@@ -1,0 +1,295 @@
+"""The kernel itself: one body for every format.
+
+A program computes the sums of a block of rows and a block of stored outputs. It goes along the summed axis
+step by step: it loads a block of stored numbers and decodes it plane by plane, as the format says
+(`Packing` in `eqquant.tiles`); it loads the inputs that meet each plane, and adds their product. What lies
+between the planes is never brought in order. Where there are too few programs, the steps are shared out
+among several, whose sums are added up afterwards: programs run at once, so they must not add to one place.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from ...._array import AbstractScaledArray
+from ....tiles import Leaf, Tile
+from .blocks import Blocks
+
+
+class Side(NamedTuple):
+    """One axis of the weight: how stored numbers and scales cover it, and what a block takes of it."""
+
+    length: int
+    stored: int
+    tile: Tile
+    scaled: int
+    """How many elements share a scale; 0 if all do."""
+    block: int
+    """Of stored numbers."""
+
+    @staticmethod
+    def of(payload: Leaf, scale: Leaf | None, axis: int, block: int) -> "Side":
+        """The axis, with the largest block of at most this size that does not reach over several scales, if
+        one of at least 16 does not."""
+        tile, scaled = payload.tiles[axis], 0
+        if scale is not None and not scale.is_constant_along(axis):
+            scaled = scale.tiles[axis].size
+        side = Side(payload.shape[axis], payload.array.shape[axis], tile, scaled, block)
+        while side.block > 16 and not side.shares_scale:
+            side = side._replace(block=side.block // 2)
+        return side if side.shares_scale else side._replace(block=block)
+
+    @property
+    def shares_scale(self) -> bool:
+        """Whether one scale serves a whole block."""
+        tiles, rest = divmod(self.scaled, self.tile.size)
+        return not (self.scaled and (rest or tiles * self.tile.stored % self.block))
+
+    def elements(self, stored: Any, plane: int) -> Any:
+        """Which elements of the axis lie in this plane of these stored numbers."""
+        size, count = self.tile
+        if count == 1:
+            return stored * size + plane if size > 1 else stored
+        tile, rest = lax.div(stored, _like(stored, count)), lax.rem(stored, _like(stored, count))
+        return tile * size + (plane * count + rest)
+
+    def scales(self, elements: Any) -> Any:
+        """Which scales these elements have: one for all if they share it."""
+        if not self.scaled:
+            return jnp.zeros(1, jnp.int32)
+        scales = lax.div(elements, _like(elements, self.scaled))
+        return scales[:1] if self.shares_scale else scales
+
+
+class Problem(NamedTuple):
+    """All that is known when the kernel is traced."""
+
+    rows: int
+    inputs: Side
+    outputs: Side
+    packed: Literal["inputs", "outputs", "no"]
+    inputs_last: bool
+    splits: int
+    blocks: Blocks
+    dtype: Any
+    interpret: bool
+
+    @property
+    def steps(self) -> int:
+        """Of the loop, in each program."""
+        return -(-self.inputs.stored // (self.inputs.block * self.splits))
+
+
+def product(x: Array, w: AbstractScaledArray, scale: Array | None, problem: Problem) -> Array:
+    """Partial sums of `x` (rows, inputs) times the values of `w`, times `scale` if it is given: float32, of shape
+    (splits, rows, outputs)."""
+    leaves, treedef = jtu.tree_flatten(w)
+    payload = [leaf.array for leaf in w.leaves().values() if leaf.ordered]
+    places = [next(i for i, leaf in enumerate(leaves) if leaf is array) for array in payload]
+    table = None
+    if w.codebook is not None and not _by_permutation(problem):
+        table = jnp.asarray(w.codebook, problem.dtype)
+
+    def decode(stored: Sequence[Array], table_ref: Any) -> Sequence[Array]:
+        """The planes of a block."""
+        if w.codebook is not None:
+            (codes,) = stored
+            if table_ref is None:
+                return _permuted(codes, w.codebook, problem.dtype)
+            return [triton.load(table_ref.at[code.astype(jnp.int32)]) for code in (codes >> 4, codes & 15)]
+        filled: list[Any] = [None] * len(leaves)
+        for place, array in zip(places, stored, strict=True):
+            filled[place] = array
+        block = jtu.tree_unflatten(treedef, filled)
+        count = 1 if w.packing is None else w.packing.elements
+        return [block.plane(i, problem.dtype) for i in range(count)]
+
+    def body(x_ref: Any, *refs: Any) -> None:
+        *refs, out_ref = refs
+        table_ref = refs.pop() if table is not None else None
+        scale_ref = refs.pop() if scale is not None else None
+        _program(problem, decode, x_ref, refs, scale_ref, table_ref, out_ref)
+
+    body.__name__ = f"quantized_dot_general_{type(w).__name__}"
+    blocks, outputs = problem.blocks, problem.outputs
+    return pl.pallas_call(
+        body,
+        grid=(
+            -(-problem.rows // blocks.rows),  # programs that read the same weights run together
+            -(-outputs.stored // outputs.block),
+            problem.splits,
+        ),
+        out_shape=jax.ShapeDtypeStruct((problem.splits, problem.rows, outputs.length), jnp.float32),
+        compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        interpret=problem.interpret,
+    )(x, *payload, *(array for array in (scale, table) if array is not None))
+
+
+def _program(
+    problem: Problem,
+    decode: Any,
+    x_ref: Any,
+    refs: Sequence[Any],
+    scale_ref: Any,
+    table_ref: Any,
+    out_ref: Any,
+) -> None:
+    inputs, outputs = problem.inputs, problem.outputs
+    # With the weight as the left operand it needs not be laid out anew for the tensor cores. Fewer than 64
+    # outputs they take on the right only.
+    weight_first = problem.packed == "inputs" and outputs.block >= 64
+    sums = problem.blocks.rows, outputs.block
+
+    def oriented(of_inputs: Any, of_outputs: Any) -> tuple[Any, Any]:
+        """Numbers along each axis as they index the weight; None stays None."""
+        along = (None, slice(None)) if problem.inputs_last else (slice(None), None)
+        a = None if of_inputs is None else of_inputs[along]
+        b = None if of_outputs is None else of_outputs[along[::-1]]
+        return (b, a) if problem.inputs_last else (a, b)
+
+    def upright(array: Array) -> Array:
+        """From the order of the weight to (inputs, outputs)."""
+        return array.T if problem.inputs_last else array
+
+    m = pl.program_id(0) * sums[0] + jnp.arange(sums[0])
+    n = pl.program_id(1) * sums[1] + jnp.arange(sums[1])
+    first = pl.program_id(2) * problem.steps
+    # Masks cost instructions: none where the blocks fit.
+    is_row = m < problem.rows if problem.rows % sums[0] else None
+    is_output = n < outputs.stored if outputs.stored % sums[1] else None
+    whole = problem.steps * problem.splits * inputs.block == inputs.stored
+
+    def step(i: Any, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        k = (first + i) * inputs.block + jnp.arange(inputs.block)
+        is_input = None if whole else k < inputs.stored
+        mask = _both(*oriented(is_input, is_output))
+        planes = decode([_load(ref, oriented(k, n), mask) for ref in refs], table_ref)
+        totals, parts = [*totals], []
+        for p, values in enumerate(planes):
+            plane_k = inputs.elements(k, p) if problem.packed == "inputs" else k
+            plane_n = outputs.elements(n, p) if problem.packed == "outputs" else n
+            if p == 0 or problem.packed == "inputs":
+                is_element = None
+                if not whole or inputs.length != inputs.stored * inputs.tile.size // inputs.tile.stored:
+                    is_element = (plane_k < inputs.length)[None, :]
+                rows_mask = None if is_row is None else is_row[:, None]
+                x = _load(x_ref, (m[:, None], plane_k[None, :]), _both(rows_mask, is_element))
+            scale, values_p, x_p = None, values, x
+            if scale_ref is not None:
+                s_k, s_n = inputs.scales(plane_k), outputs.scales(plane_n)
+                # Beyond the edges, some scale that is there: what it multiplies is 0 or not stored.
+                s_k = jnp.minimum(s_k, scale_ref.shape[problem.inputs_last] - 1)
+                s_n = jnp.minimum(s_n, scale_ref.shape[not problem.inputs_last] - 1)
+                scale = upright(_load(scale_ref, oriented(s_k, s_n)))
+                # sum_j x_j s_ij q_ij: where s_ij is the same for all j, or for all i, of the block, it is
+                # multiplied where there are fewest numbers.
+                if not inputs.shares_scale:
+                    if outputs.shares_scale:
+                        x_p = (x * scale.T).astype(problem.dtype)
+                    else:
+                        values_p = (values * (scale.T if problem.inputs_last else scale)).astype(problem.dtype)
+            part = _dot(x_p, upright(values_p), weight_first)
+            if scale is not None and inputs.shares_scale:
+                part = part * (scale.T if weight_first else scale)
+            if problem.packed == "outputs":
+                totals[p] = totals[p] + part
+            else:
+                totals[0] = totals[0] + part
+        return tuple(totals)
+
+    count = outputs.tile.size // outputs.tile.stored
+    zeros = jnp.zeros(sums[::-1] if weight_first else sums, jnp.float32)
+    totals = lax.fori_loop(0, problem.steps, step, (zeros,) * count)
+    for p, total in enumerate(totals):
+        columns = outputs.elements(n, p)
+        is_column = None
+        if outputs.length != -(-outputs.stored // sums[1]) * sums[1] * count:
+            is_column = (columns < outputs.length)[None, :]
+        mask = _both(None if is_row is None else is_row[:, None], is_column)
+        place = pl.program_id(2), m[:, None], columns[None, :]
+        if weight_first:
+            mask, place = None if mask is None else mask.T, (place[0], place[1].T, place[2].T)
+        mask = None if mask is None else jnp.broadcast_to(mask, total.shape)
+        triton.store(out_ref.at[place], total, mask=mask)
+
+
+def _dot(x: Array, values: Array, weight_first: bool) -> Array:
+    """(rows, inputs) times (inputs, outputs); with the weight first, the transposed result."""
+    highest = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    options = dict(precision=highest, preferred_element_type=jnp.float32)
+    if weight_first:
+        return lax.dot_general(values, x, (((0,), (1,)), ((), ())), **options)
+    return lax.dot_general(x, values, (((1,), (0,)), ((), ())), **options)
+
+
+def _load(ref: Any, index: tuple[Any, Any], mask: Array | None = None) -> Array:
+    """The numbers at each pair of a column of indices and a row of them; 0 where the mask says no."""
+    if mask is None:
+        return triton.load(ref.at[index])
+    shape = jnp.broadcast_shapes(index[0].shape, index[1].shape)
+    return triton.load(ref.at[index], mask=jnp.broadcast_to(mask, shape), other=jnp.zeros((), ref.dtype))
+
+
+def _both(a: Array | None, b: Array | None) -> Array | None:
+    """The conjunction of two masks, where None is always true."""
+    return a if b is None else b if a is None else a & b
+
+
+def _like(x: Any, value: int) -> Any:
+    return jnp.full(jnp.shape(x), value, jnp.int32)
+
+
+# ------------------------------------------------------------------------------ sixteen levels
+
+
+def _by_permutation(problem: Problem) -> bool:
+    """Whether levels are found by permuting bytes, not by loading them from a table: Triton has the
+    instruction, the interpreter has not, and levels of 32 bits do not fit."""
+    return not problem.interpret and problem.dtype != jnp.float32
+
+
+def _permuted(codes: Array, levels: Sequence[float], dtype: Any) -> Sequence[Array]:
+    """The two planes of a block of 4-bit codes.
+
+    The instruction `prmt` takes four bytes out of eight, as four 4-bit numbers say. The low three bits of a
+    code choose among the lower and among the upper eight levels, the fourth between the two: once for
+    the low bytes of the levels and once for the high ones, which are then put together.
+    """
+    bits = np.asarray(levels, np.float32).astype(dtype).view(np.uint16)
+    low, high = ((bits >> shift & 255).astype(np.uint8).view(np.uint32) for shift in (0, 8))
+    asm = [
+        ".reg .b32 of8, which, a, b, low, high;",
+        "and.b32 of8, $4, 0x77777777;",
+        "shr.u32 which, $4, 1;",
+        "lop3.b32 which, which, 0x44444444, 0x32103210, 0xEA;",  # byte j of the one, or of the other
+    ]
+    for half in range(2):  # of the eight codes in four bytes
+        if half:
+            asm += ["shr.u32 of8, of8, 16;", "shr.u32 which, which, 16;"]
+        for name, table in (("low", low), ("high", high)):
+            asm += [
+                f"prmt.b32 a, {table[0]:#x}, {table[1]:#x}, of8;",
+                f"prmt.b32 b, {table[2]:#x}, {table[3]:#x}, of8;",
+                f"prmt.b32 {name}, a, b, which;",
+            ]
+        # Of each byte, the level of its low half and above it that of its high half.
+        asm += [
+            f"prmt.b32 ${2 * half}, low, high, 0x5140;",
+            f"prmt.b32 ${2 * half + 1}, low, high, 0x7362;",
+        ]
+    [pairs] = triton.elementwise_inline_asm(
+        "{" + " ".join(asm) + "}",
+        args=[codes],
+        constraints="=r,=r,=r,=r,r",
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int32)],
+    )
+    upper = lax.shift_right_logical(pairs, _like(pairs, 16))
+    return [lax.bitcast_convert_type(half.astype(jnp.uint16), dtype) for half in (upper, pairs)]
