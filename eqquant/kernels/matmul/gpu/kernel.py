@@ -60,12 +60,14 @@ class Side(NamedTuple):
         tile, rest = lax.div(stored, _like(stored, count)), lax.rem(stored, _like(stored, count))
         return tile * size + (plane * count + rest)
 
-    def scales(self, elements: Any) -> Any:
-        """Which scales these elements have: one for all if they share it."""
+    def scales(self, start: Any, elements: Any) -> Any:
+        """Which scales these elements of the block from `start` have: one for all if they share it."""
         if not self.scaled:
             return jnp.zeros(1, jnp.int32)
-        scales = lax.div(elements, _like(elements, self.scaled))
-        return scales[:1] if self.shares_scale else scales
+        if self.shares_scale:
+            start = self.elements(start, 0)
+            return jnp.full(1, lax.div(start, _like(start, self.scaled)))
+        return lax.div(elements, _like(elements, self.scaled))
 
 
 class Problem(NamedTuple):
@@ -103,7 +105,10 @@ def product(x: Array, w: AbstractScaledArray, scale: Array | None, problem: Prob
             (codes,) = stored
             if table_ref is None:
                 return _permuted(codes, w.codebook, problem.dtype)
-            return [triton.load(table_ref.at[code.astype(jnp.int32)]) for code in (codes >> 4, codes & 15)]
+            return [
+                triton.load(table_ref.at[code.astype(jnp.int32)])
+                for code in (codes >> 4, codes & 15)
+            ]
         filled: list[Any] = [None] * len(leaves)
         for place, array in zip(places, stored, strict=True):
             filled[place] = array
@@ -158,8 +163,9 @@ def _program(
         """From the order of the weight to (inputs, outputs)."""
         return array.T if problem.inputs_last else array
 
-    m = pl.program_id(0) * sums[0] + jnp.arange(sums[0])
-    n = pl.program_id(1) * sums[1] + jnp.arange(sums[1])
+    m = pl.program_id(0) * sums[0] + _range(sums[0])
+    n_start = pl.program_id(1) * sums[1]
+    n = n_start + _range(sums[1])
     first = pl.program_id(2) * problem.steps
     # Masks cost instructions: none where the blocks fit.
     is_row = m < problem.rows if problem.rows % sums[0] else None
@@ -167,23 +173,27 @@ def _program(
     whole = problem.steps * problem.splits * inputs.block == inputs.stored
 
     def step(i: Any, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-        k = (first + i) * inputs.block + jnp.arange(inputs.block)
+        k_start = (first + jnp.asarray(i, jnp.int32)) * inputs.block
+        k = k_start + _range(inputs.block)
         is_input = None if whole else k < inputs.stored
         mask = _both(*oriented(is_input, is_output))
         planes = decode([_load(ref, oriented(k, n), mask) for ref in refs], table_ref)
-        totals, parts = [*totals], []
+        totals = [*totals]
         for p, values in enumerate(planes):
             plane_k = inputs.elements(k, p) if problem.packed == "inputs" else k
             plane_n = outputs.elements(n, p) if problem.packed == "outputs" else n
             if p == 0 or problem.packed == "inputs":
                 is_element = None
-                if not whole or inputs.length != inputs.stored * inputs.tile.size // inputs.tile.stored:
+                if (
+                    not whole
+                    or inputs.length != inputs.stored * inputs.tile.size // inputs.tile.stored
+                ):
                     is_element = (plane_k < inputs.length)[None, :]
                 rows_mask = None if is_row is None else is_row[:, None]
                 x = _load(x_ref, (m[:, None], plane_k[None, :]), _both(rows_mask, is_element))
             scale, values_p, x_p = None, values, x
             if scale_ref is not None:
-                s_k, s_n = inputs.scales(plane_k), outputs.scales(plane_n)
+                s_k, s_n = inputs.scales(k_start, plane_k), outputs.scales(n_start, plane_n)
                 # Beyond the edges, some scale that is there: what it multiplies is 0 or not stored.
                 s_k = jnp.minimum(s_k, scale_ref.shape[problem.inputs_last] - 1)
                 s_n = jnp.minimum(s_n, scale_ref.shape[not problem.inputs_last] - 1)
@@ -194,7 +204,9 @@ def _program(
                     if outputs.shares_scale:
                         x_p = (x * scale.T).astype(problem.dtype)
                     else:
-                        values_p = (values * (scale.T if problem.inputs_last else scale)).astype(problem.dtype)
+                        values_p = (values * (scale.T if problem.inputs_last else scale)).astype(
+                            problem.dtype
+                        )
             part = _dot(x_p, upright(values_p), weight_first)
             if scale is not None and inputs.shares_scale:
                 part = part * (scale.T if weight_first else scale)
@@ -234,12 +246,18 @@ def _load(ref: Any, index: tuple[Any, Any], mask: Array | None = None) -> Array:
     if mask is None:
         return triton.load(ref.at[index])
     shape = jnp.broadcast_shapes(index[0].shape, index[1].shape)
-    return triton.load(ref.at[index], mask=jnp.broadcast_to(mask, shape), other=jnp.zeros((), ref.dtype))
+    return triton.load(
+        ref.at[index], mask=jnp.broadcast_to(mask, shape), other=jnp.zeros((), ref.dtype)
+    )
 
 
 def _both(a: Array | None, b: Array | None) -> Array | None:
     """The conjunction of two masks, where None is always true."""
     return a if b is None else b if a is None else a & b
+
+
+def _range(length: int) -> Array:
+    return jnp.arange(length, dtype=jnp.int32)
 
 
 def _like(x: Any, value: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import Array, lax
+from jax import Array
 
 from ...._array import AbstractScaledArray
 from ....tiles import Leaf, spread
