@@ -15,6 +15,7 @@ from jax import Array, lax
 from .. import _compat
 from .._array import AbstractScaledArray
 from .._compat import ad, batching, mlir
+from .._dispatch import note_kernel
 from ..tiles import spread
 from .matmul.choice import check, check_lowering, choose, computes, IMPLEMENTATIONS
 from .matmul.integer import DIGITS, rounded_rows
@@ -82,6 +83,10 @@ def quantized_dot_general(
     if explicit:
         # Shardings are part of the types here: let JAX's own dot check and propagate them.
         return jax.checkpoint(partial(_explicit, **params, out_sharding=out_sharding))(x, *leaves)
+    accumulate = _accumulate_dtype(x, w, out_dtype)
+    note_kernel(
+        lambda platform: implementation or choose(platform, x, w, axes, accumulate, digits=digits)
+    )
     params |= dict(digits=digits, implementation=implementation)
     return quantized_dot_general_p.bind(x, *leaves, **params)
 
