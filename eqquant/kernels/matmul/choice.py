@@ -24,7 +24,7 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
     "gpu": gpu,
 }
 _SUPPORTS = {"integer": supports_integer, "tables": supports_tables, "gpu": supports_gpu}
-_PLATFORMS = {"gpu": ("cuda", "gpu")}
+PLATFORMS = {"gpu": ("cuda", "gpu")}
 
 
 def choose(
@@ -47,7 +47,7 @@ def choose(
         return "fused"
     if platform == "cpu":
         return cpu.choose(x, w, axes, accumulate)
-    if platform in _PLATFORMS["gpu"] and supports_gpu(x, w, axes, accumulate):
+    if platform in PLATFORMS["gpu"] and supports_gpu(x, w, axes, accumulate):
         return "gpu" if pays_on_gpu(x, w, axes) else "fused"
     return "fused"
 
@@ -71,12 +71,12 @@ def check(name: str, x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any
 
 def check_lowering(name: str, platform: str | None, plain: bool) -> None:
     """Raises `ValueError` if the implementation of this name does not run where a program is lowered for."""
-    if name in _PLATFORMS and (plain or platform not in _PLATFORMS[name]):
+    if name in PLATFORMS and (plain or platform not in PLATFORMS[name]):
         where = f"a program for {platform or 'another platform'}"
-        if platform in _PLATFORMS[name]:
+        if platform in PLATFORMS[name]:
             where = "one that is partitioned over devices, or exported without custom calls"
         raise ValueError(
-            f"implementation={name!r} runs on {_PLATFORMS[name][0]}, but not in {where}."
+            f"implementation={name!r} runs on {PLATFORMS[name][0]}, but not in {where}."
         )
 
 

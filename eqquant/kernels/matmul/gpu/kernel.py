@@ -18,8 +18,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from .... import _compat
 from ...._array import AbstractScaledArray
 from ....tiles import Leaf, Tile
+from ...pieces import zeros
 from .blocks import Blocks
 
 
@@ -124,6 +126,8 @@ def product(x: Array, w: AbstractScaledArray, scale: Array | None, problem: Prob
 
     body.__name__ = f"quantized_dot_general_{type(w).__name__}"
     blocks, outputs = problem.blocks, problem.outputs
+    others = [array for array in (scale, table) if array is not None]
+    shape = (problem.splits, problem.rows, outputs.length)
     return pl.pallas_call(
         body,
         grid=(
@@ -131,10 +135,10 @@ def product(x: Array, w: AbstractScaledArray, scale: Array | None, problem: Prob
             -(-outputs.stored // outputs.block),
             problem.splits,
         ),
-        out_shape=jax.ShapeDtypeStruct((problem.splits, problem.rows, outputs.length), jnp.float32),
+        out_shape=_compat.as_struct(jax.typeof(zeros((x, payload, others), shape, jnp.float32))),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=problem.interpret,
-    )(x, *payload, *(array for array in (scale, table) if array is not None))
+    )(x, *payload, *others)
 
 
 def _program(
@@ -217,8 +221,8 @@ def _program(
         return tuple(totals)
 
     count = outputs.tile.size // outputs.tile.stored
-    zeros = jnp.zeros(sums[::-1] if weight_first else sums, jnp.float32)
-    totals = lax.fori_loop(0, problem.steps, step, (zeros,) * count)
+    nothing = jnp.zeros(sums[::-1] if weight_first else sums, jnp.float32)
+    totals = lax.fori_loop(0, problem.steps, step, (nothing,) * count)
     for p, total in enumerate(totals):
         columns = outputs.elements(n, p)
         is_column = None
