@@ -119,6 +119,47 @@ def test_a_block_that_is_not_finite_stays_where_it_is():
     assert (np.isnan(np.asarray(y)) == (np.arange(40) == 7)).all()
 
 
+class Registers(dict):
+    """Runs the few instructions of PTX that decoding takes, on words."""
+
+    def value(self, name: str) -> int:
+        return int(name, 16) if name.startswith("0x") else self[name] if name in self else int(name)
+
+    def run(self, asm: str) -> None:
+        for line in asm.strip("{}").split(";"):
+            operation, _, operands = line.strip().partition(" ")
+            if operation in ("", ".reg"):
+                continue
+            to, *names = (name.strip() for name in operands.split(","))
+            a, b, *more = map(self.value, names)
+            if operation == "prmt.b32":
+                which = [more[0] >> 4 * i & 15 for i in range(4)]
+                assert max(which) < 8  # the fourth bit copies a sign
+                self[to] = sum(((b << 32 | a) >> 8 * n & 255) << 8 * i for i, n in enumerate(which))
+            else:
+                c, *table = more or [0]
+                assert table in ([], [(0xF0 & 0xCC) | 0xAA])
+                self[to] = {"and.b32": a & b, "shr.u32": a >> b, "lop3.b32": a & b | c}[operation]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_levels_by_permutation(dtype):
+    # The interpreter has no assembly: here are all bytes through it, four at a time.
+    kernel = importlib.import_module("eqquant.kernels.matmul.gpu.kernel")
+    levels = np.asarray(eqq.ArrayNF4.codebook, np.float32).astype(dtype)
+    words = np.asarray(kernel._words(eqq.ArrayNF4.codebook, dtype)).view(np.uint32)
+    stored = np.random.default_rng(0).permutation(np.repeat(np.arange(256, dtype=np.uint8), 4))
+    names = [f"${5 + 4 * i}" for i in range(8)]
+    for four in stored.reshape(-1, 4):
+        registers = Registers(zip(names, map(int, words), strict=True))
+        registers["$4"] = int(four.view(np.uint32)[0])
+        registers.run(kernel.permutation(names))
+        pairs = (
+            np.array([registers[f"${i}"] for i in range(4)], np.uint32).view(dtype).reshape(4, 2)
+        )
+        np.testing.assert_array_equal(pairs, levels[np.stack([four & 15, four >> 4], 1)])
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """On CPU, `implementation="gpu"` runs the kernel by interpretation."""

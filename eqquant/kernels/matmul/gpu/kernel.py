@@ -97,16 +97,20 @@ def product(x: Array, w: AbstractScaledArray, scale: Array | None, problem: Prob
     leaves, treedef = jtu.tree_flatten(w)
     payload = [leaf.array for leaf in w.leaves().values() if leaf.ordered]
     places = [next(i for i, leaf in enumerate(leaves) if leaf is array) for array in payload]
-    table = None
-    if w.codebook is not None and not _by_permutation(problem):
-        table = jnp.asarray(w.codebook, problem.dtype)
+    table, permuting = None, not problem.interpret and problem.dtype != jnp.float32
+    if w.codebook is not None:
+        table = (
+            _words(w.codebook, problem.dtype)
+            if permuting
+            else jnp.asarray(w.codebook, problem.dtype)
+        )
 
     def decode(stored: Sequence[Array], table_ref: Any) -> Sequence[Array]:
         """The planes of a block."""
         if w.codebook is not None:
             (codes,) = stored
-            if table_ref is None:
-                return _permuted(codes, w.codebook, problem.dtype)
+            if permuting:
+                return _permuted(codes, table_ref, problem.dtype)
             return [
                 triton.load(table_ref.at[code.astype(jnp.int32)])
                 for code in (codes >> 4, codes & 15)
@@ -163,10 +167,6 @@ def _program(
         b = None if of_outputs is None else of_outputs[along[::-1]]
         return (b, a) if problem.inputs_last else (a, b)
 
-    def upright(array: Array) -> Array:
-        """From the order of the weight to (inputs, outputs)."""
-        return array.T if problem.inputs_last else array
-
     m = pl.program_id(0) * sums[0] + _range(sums[0])
     n_start = pl.program_id(1) * sums[1]
     n = n_start + _range(sums[1])
@@ -174,6 +174,8 @@ def _program(
     # Masks cost instructions: none where the blocks fit.
     is_row = m < problem.rows if problem.rows % sums[0] else None
     is_output = n < outputs.stored if outputs.stored % sums[1] else None
+    per_input = inputs.tile.size // inputs.tile.stored
+    per_output = outputs.tile.size // outputs.tile.stored
     whole = problem.steps * problem.splits * inputs.block == inputs.stored
 
     def step(i: Any, totals: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -182,51 +184,45 @@ def _program(
         is_input = None if whole else k < inputs.stored
         mask = _both(*oriented(is_input, is_output))
         planes = decode([_load(ref, oriented(k, n), mask) for ref in refs], table_ref)
-        totals = [*totals]
+        totals, part = [*totals], None
         for p, values in enumerate(planes):
             plane_k = inputs.elements(k, p) if problem.packed == "inputs" else k
             plane_n = outputs.elements(n, p) if problem.packed == "outputs" else n
             if p == 0 or problem.packed == "inputs":
                 is_element = None
-                if (
-                    not whole
-                    or inputs.length != inputs.stored * inputs.tile.size // inputs.tile.stored
-                ):
+                if not whole or inputs.length != inputs.stored * per_input:
                     is_element = (plane_k < inputs.length)[None, :]
-                rows_mask = None if is_row is None else is_row[:, None]
-                x = _load(x_ref, (m[:, None], plane_k[None, :]), _both(rows_mask, is_element))
-            scale, values_p, x_p = None, values, x
+                mask = _both(None if is_row is None else is_row[:, None], is_element)
+                x = _load(x_ref, (m[:, None], plane_k[None, :]), mask)
+            x_p = x
             if scale_ref is not None:
+                # sum_j x_j s_ij q_ij: where s_ij is the same for all j, or for all i, of the block, it is
+                # multiplied where there are fewest numbers.
                 s_k, s_n = inputs.scales(k_start, plane_k), outputs.scales(n_start, plane_n)
                 # Beyond the edges, some scale that is there: what it multiplies is 0 or not stored.
                 s_k = jnp.minimum(s_k, scale_ref.shape[problem.inputs_last] - 1)
                 s_n = jnp.minimum(s_n, scale_ref.shape[not problem.inputs_last] - 1)
-                scale = upright(_load(scale_ref, oriented(s_k, s_n)))
-                # sum_j x_j s_ij q_ij: where s_ij is the same for all j, or for all i, of the block, it is
-                # multiplied where there are fewest numbers.
-                if not inputs.shares_scale:
-                    if outputs.shares_scale:
-                        x_p = (x * scale.T).astype(problem.dtype)
-                    else:
-                        values_p = (values * (scale.T if problem.inputs_last else scale)).astype(
-                            problem.dtype
-                        )
-            part = _dot(x_p, upright(values_p), weight_first)
-            if scale is not None and inputs.shares_scale:
-                part = part * (scale.T if weight_first else scale)
-            if problem.packed == "outputs":
-                totals[p] = totals[p] + part
-            else:
-                totals[0] = totals[0] + part
+                scale = _load(scale_ref, oriented(s_k, s_n))
+                if not inputs.shares_scale and outputs.shares_scale:
+                    x_p = (x * (scale if problem.inputs_last else scale.T)).astype(problem.dtype)
+                elif not inputs.shares_scale:
+                    values = (values * scale).astype(problem.dtype)
+            product = _dot(x_p, values, problem.inputs_last, weight_first)
+            part = product if part is None else part + product
+            if problem.packed == "inputs" and p + 1 < len(planes):
+                continue  # all planes have the same sums
+            if scale_ref is not None and inputs.shares_scale:
+                part = part * (scale if weight_first == problem.inputs_last else scale.T)
+            place = p if problem.packed == "outputs" else 0
+            totals[place], part = totals[place] + part, None
         return tuple(totals)
 
-    count = outputs.tile.size // outputs.tile.stored
     nothing = jnp.zeros(sums[::-1] if weight_first else sums, jnp.float32)
-    totals = lax.fori_loop(0, problem.steps, step, (nothing,) * count)
+    totals = lax.fori_loop(0, problem.steps, step, (nothing,) * per_output)
     for p, total in enumerate(totals):
         columns = outputs.elements(n, p)
         is_column = None
-        if outputs.length != -(-outputs.stored // sums[1]) * sums[1] * count:
+        if outputs.length != -(-outputs.stored // sums[1]) * sums[1] * per_output:
             is_column = (columns < outputs.length)[None, :]
         mask = _both(None if is_row is None else is_row[:, None], is_column)
         place = pl.program_id(2), m[:, None], columns[None, :]
@@ -236,13 +232,13 @@ def _program(
         triton.store(out_ref.at[place], total, mask=mask)
 
 
-def _dot(x: Array, values: Array, weight_first: bool) -> Array:
-    """(rows, inputs) times (inputs, outputs); with the weight first, the transposed result."""
+def _dot(x: Array, values: Array, inputs_last: bool, weight_first: bool) -> Array:
+    """The product, of shape (rows, outputs); transposed, with the weight first."""
     highest = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     options = dict(precision=highest, preferred_element_type=jnp.float32)
     if weight_first:
-        return lax.dot_general(values, x, (((0,), (1,)), ((), ())), **options)
-    return lax.dot_general(x, values, (((1,), (0,)), ((), ())), **options)
+        return lax.dot_general(values, x, (((int(inputs_last),), (1,)), ((), ())), **options)
+    return lax.dot_general(x, values, (((1,), (int(inputs_last),)), ((), ())), **options)
 
 
 def _load(ref: Any, index: tuple[Any, Any], mask: Array | None = None) -> Array:
@@ -260,58 +256,68 @@ def _both(a: Array | None, b: Array | None) -> Array | None:
     return a if b is None else b if a is None else a & b
 
 
-def _range(length: int) -> Array:
-    return jnp.arange(length, dtype=jnp.int32)
-
-
-def _like(x: Any, value: int) -> Any:
-    return jnp.full(jnp.shape(x), value, jnp.int32)
-
-
 # ------------------------------------------------------------------------------ sixteen levels
 
 
-def _by_permutation(problem: Problem) -> bool:
-    """Whether levels are found by permuting bytes, not by loading them from a table: Triton has the
-    instruction, the interpreter has not, and levels of 32 bits do not fit."""
-    return not problem.interpret and problem.dtype != jnp.float32
+# Levels of 16 bits are found by permuting bytes: Triton has the instruction, the interpreter has not. Loading each
+# from a table takes longer, and choosing among them in steps longer still.
 
 
-def _permuted(codes: Array, levels: Sequence[float], dtype: Any) -> Sequence[Array]:
-    """The two planes of a block of 4-bit codes.
-
-    The instruction `prmt` takes four bytes out of eight, as four 4-bit numbers say. The low three bits of a
-    code choose among the lower and among the upper eight levels, the fourth between the two: once for
-    the low bytes of the levels and once for the high ones, which are then put together.
-    """
+def _words(levels: Sequence[float], dtype: Any) -> Array:
+    """The low bytes of the sixteen levels in four words, then the high bytes."""
     bits = np.asarray(levels, np.float32).astype(dtype).view(np.uint16)
-    low, high = ((bits >> shift & 255).astype(np.uint8).view(np.uint32) for shift in (0, 8))
+    low_and_high = np.concatenate([bits & 255, bits >> 8]).astype(np.uint8)
+    return jnp.asarray(low_and_high.view(np.int32))
+
+
+def _permuted(codes: Array, words_ref: Any, dtype: Any) -> Sequence[Array]:
+    """The two planes of a block of 4-bit codes, from the words of the levels."""
+    # As operands: of constants, the compiler would make a copy for each use.
+    words = [jnp.full(codes.shape, triton.load(words_ref.at[i])) for i in range(8)]
+    [pairs] = triton.elementwise_inline_asm(
+        permutation([f"${5 + 4 * i}" for i in range(8)]),
+        args=[codes, *words],
+        constraints="=r,=r,=r,=r" + ",r" * (1 + 4 * len(words)),
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int32)],
+    )
+    upper = lax.shift_right_logical(pairs, _like(pairs, 16))
+    return [lax.bitcast_convert_type(half.astype(jnp.uint16), dtype) for half in (upper, pairs)]
+
+
+def permutation(words: Sequence[str]) -> str:
+    """The assembly that turns four bytes of two codes each, in `$4`, into four pairs of levels, in `$0` to `$3`: that
+    of the low half below that of the high half.
+
+    `prmt` takes four bytes out of eight, as four 4-bit numbers say. The low three bits of a code choose among the
+    lower and among the upper eight levels, the fourth between the two: once for the low bytes of the
+    levels and once for the high ones, which are then put together.
+    """
     asm = [
         ".reg .b32 of8, which, a, b, low, high;",
         "and.b32 of8, $4, 0x77777777;",
         "shr.u32 which, $4, 1;",
         "lop3.b32 which, which, 0x44444444, 0x32103210, 0xEA;",  # byte j of the one, or of the other
     ]
-    for half in range(2):  # of the eight codes in four bytes
+    for half in range(2):  # of the eight codes
         if half:
             asm += ["shr.u32 of8, of8, 16;", "shr.u32 which, which, 16;"]
-        for name, table in (("low", low), ("high", high)):
+        for name, table in (("low", words[:4]), ("high", words[4:])):
             asm += [
-                f"prmt.b32 a, {table[0]:#x}, {table[1]:#x}, of8;",
-                f"prmt.b32 b, {table[2]:#x}, {table[3]:#x}, of8;",
+                f"prmt.b32 a, {table[0]}, {table[1]}, of8;",
+                f"prmt.b32 b, {table[2]}, {table[3]}, of8;",
                 f"prmt.b32 {name}, a, b, which;",
             ]
-        # Of each byte, the level of its low half and above it that of its high half.
         asm += [
             f"prmt.b32 ${2 * half}, low, high, 0x5140;",
             f"prmt.b32 ${2 * half + 1}, low, high, 0x7362;",
         ]
-    [pairs] = triton.elementwise_inline_asm(
-        "{" + " ".join(asm) + "}",
-        args=[codes],
-        constraints="=r,=r,=r,=r,r",
-        pack=4,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int32)],
-    )
-    upper = lax.shift_right_logical(pairs, _like(pairs, 16))
-    return [lax.bitcast_convert_type(half.astype(jnp.uint16), dtype) for half in (upper, pairs)]
+    return "{" + " ".join(asm) + "}"
+
+
+def _range(length: int) -> Array:
+    return jnp.arange(length, dtype=jnp.int32)
+
+
+def _like(x: Any, value: int) -> Any:
+    return jnp.full(jnp.shape(x), value, jnp.int32)

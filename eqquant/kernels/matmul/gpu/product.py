@@ -73,18 +73,21 @@ def gpu(
     x = jnp.moveaxis(x, x_axis, -1)
     batch, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
     w = w.unnested()
+    payload = w.payload_leaf
     scale, factors = w.leaves().get("scale"), None
     dtype = _dtype(x, w)
     if scale is not None and scale.is_constant_along(axis):
         # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.
         factors, scale = spread(scale, [1 - axis]).reshape(-1), None
     elif scale is not None:
-        if dtype == jnp.float16:  # too narrow for its numbers times a scale
-            dtype = jnp.dtype(jnp.float32)
-        if scale.is_constant_along(1 - axis):
+        to_input = scale.is_constant_along(1 - axis)
+        if dtype == jnp.float16 and (
+            to_input or not Side.of(payload, scale, axis, 16).shares_scale
+        ):
+            dtype = jnp.dtype(jnp.float32)  # float16 is too narrow for its numbers times a scale
+        if to_input:
             # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
             rows, scale = rows.astype(jnp.float32) * spread(scale, [axis]).reshape(-1), None
-    payload = w.payload_leaf
     packed = "no" if w.packing is None else ("inputs", "outputs")[w.packing.axis % 2 != axis]
     if blocks is None:
         height = min(MAX_ROWS, max(16, 1 << (len(rows) - 1).bit_length()))
