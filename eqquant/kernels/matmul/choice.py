@@ -23,7 +23,7 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
     "tables": tables,
     "gpu": gpu,
 }
-_SUPPORTS = {"integer": supports_integer, "tables": supports_tables, "gpu": supports_gpu}
+SUPPORTS = {"integer": supports_integer, "tables": supports_tables, "gpu": supports_gpu}
 PLATFORMS = {"gpu": ("cuda", "gpu")}
 
 
@@ -54,7 +54,7 @@ def choose(
 
 def computes(name: str, x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
     """Whether the implementation of this name computes this product."""
-    return name not in _SUPPORTS or _SUPPORTS[name](x, w, axes, accumulate)
+    return name not in SUPPORTS or SUPPORTS[name](x, w, axes, accumulate)
 
 
 def check(name: str, x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> None:

@@ -88,11 +88,8 @@ def gpu(
         if to_input:
             # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
             rows, scale = rows.astype(jnp.float32) * spread(scale, [axis]).reshape(-1), None
-    packed = "no" if w.packing is None else ("inputs", "outputs")[w.packing.axis % 2 != axis]
+    case = case_of(len(rows), w, axis, dtype)
     if blocks is None:
-        height = min(MAX_ROWS, max(16, 1 << (len(rows) - 1).bit_length()))
-        elements = 1 if w.packing is None else w.packing.elements
-        case = Case(height, 8 * dtype.itemsize, elements, packed, axis == 1)
         blocks = blocks_for(case, device)
     inputs = Side.of(payload, scale, axis, blocks.inputs)
     outputs = Side.of(payload, scale, 1 - axis, blocks.outputs)
@@ -101,8 +98,8 @@ def gpu(
         rows=len(rows),
         inputs=inputs,
         outputs=outputs,
-        packed=packed,
-        inputs_last=axis == 1,
+        packed=case.packed,
+        inputs_last=case.inputs_last,
         splits=splits_for(programs, -(-inputs.stored // inputs.block)),
         blocks=blocks,
         dtype=dtype,
@@ -113,6 +110,16 @@ def gpu(
     if factors is not None:
         y = y * factors
     return y.reshape(*batch, w.shape[1 - axis])
+
+
+def case_of(rows: int, w: AbstractScaledArray, axis: int, dtype: Any) -> Case:
+    """What the block sizes depend on, for so many rows and a sum along this axis of `w`."""
+    height = min(MAX_ROWS, max(16, 1 << (rows - 1).bit_length()))
+    packed, elements = "no", 1
+    if w.packing is not None:
+        packed = "inputs" if w.packing.axis % 2 == axis else "outputs"
+        elements = w.packing.elements
+    return Case(height, 8 * dtype.itemsize, elements, packed, axis == 1)
 
 
 def _dtype(x: Any, w: AbstractScaledArray) -> Any:
