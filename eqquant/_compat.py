@@ -216,9 +216,12 @@ def takes_triton(ctx: Any) -> bool:
     if ctx.is_forward_compat():
         return False
     try:
-        from jax._src.pallas.triton.gpu_info import get_gpu_info
-    except ImportError:  # before 0.11, which takes any GPU, or none, for a Hopper
-        return True
+        from jax._src.pallas.triton.gpu_info import (  # pyright: ignore[reportMissingImports]
+            get_gpu_info,
+        )
+    except ImportError:  # before 0.11, which takes no GPU for a Hopper
+        here = _gpus()
+        return not here or float(here[0].compute_capability) >= 8
     try:
         return get_gpu_info().compute_capability >= 80
     except ValueError:
@@ -227,10 +230,15 @@ def takes_triton(ctx: Any) -> bool:
 
 def gpu_kind() -> str | None:
     """The kind of the GPUs that are here; None if there are none."""
+    here = _gpus()
+    return here[0].device_kind if here else None
+
+
+def _gpus() -> Sequence[Any]:
     try:
-        return jax.local_devices(backend="cuda")[0].device_kind
+        return jax.local_devices(backend="cuda")
     except RuntimeError:
-        return None
+        return ()
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""What the real compilers make of the kernel for GPUs, without a GPU: instructions, registers, spills.
+"""What the real compilers make of the kernel for GPUs, without a GPU: instructions, registers, spills,
+temporaries.
 
     python tests/sass.py            # compiles every case for an H200, and prints what comes out
     python tests/sass.py --write    # and writes tests/data/sass.json
@@ -116,16 +117,16 @@ def count(case: Case, dump: Path) -> dict[str, Any]:
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
         lowered = jax.jit(product).trace(*operands).lower(lowering_platforms=("cuda",))
     before = set(dump.glob("*.ptx"))
-    lowered.compile()
+    compiled = lowered.compile()
     (ptx,) = (
         file
         for file in set(dump.glob("*.ptx")) - before
         if "quantized_dot_general" in (text := file.read_text()) and ".entry" in text
     )
     counted = machine_code(ptx)
-    return {
-        "per_weight": round(counted["loop"] * 32 / weights_of_a_step(operands, case), 2)
-    } | counted
+    per_weight = round(counted["loop"] * 32 / weights_of_a_step(operands, case), 2)
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return {"per_weight": per_weight, "temporary_bytes": temporary} | counted
 
 
 def weights_of_a_step(operands: Any, case: Case) -> float:
@@ -181,8 +182,8 @@ def machine_code(ptx: Path) -> dict[str, Any]:
     kinds = collections.Counter(re.split(r"[.\s]", text)[0] for text in loop)
     return {
         "loop": len(loop),
-        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
-        "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", said)[1]),
+        "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
+        "spilled_bytes": int(re.findall(r"(\d+) bytes spill stores", said)[0]),
         "kinds": dict(kinds.most_common(8)),
     }
 

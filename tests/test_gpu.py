@@ -369,8 +369,8 @@ def test_where_it_is_chosen():
     assert choose("cuda", x, w, LAST, jnp.float32) == "fused"  # small
 
 
-class Cubes(eqq.AbstractScaledArray):
-    """A format whose planes are no arithmetic on the codes alone: they are sorted."""
+class Nibbles(eqq.AbstractScaledArray):
+    """A format of somebody else's: integers of four bits, from -8."""
 
     codes: jax.Array
     scale: Any
@@ -381,7 +381,30 @@ class Cubes(eqq.AbstractScaledArray):
     payload = "codes"
 
     def plane(self, i: int, dtype: Any) -> jax.Array:
-        return jnp.sort((self.codes >> (4 * i)) & 15).astype(dtype)
+        return ((self.codes >> (4 * i)) & 15).astype(dtype) - 8
+
+
+class Sorted(Nibbles):
+    """Its planes are more than arithmetic on one number at a time."""
+
+    def plane(self, i: int, dtype: Any) -> jax.Array:
+        return jnp.sort(super().plane(i, dtype))
+
+
+def nibbles(kind: Any, shape: Any) -> Any:
+    codes = np.random.default_rng(0).integers(0, 256, (shape[0], shape[1] // 2))
+    packing = Packing(-1, shape[1], Tile(8, 4))
+    return kind(jnp.asarray(codes, jnp.uint8), None, packing, jnp.dtype(jnp.float32))
+
+
+@each_orientation
+def test_a_format_of_somebody_elses(axes):
+    w = nibbles(Nibbles, (24, 40))
+    x = jnp.asarray(
+        np.random.default_rng(1).normal(size=(3, w.shape[axes.w_contract[0]])), jnp.float32
+    )
+    assert supports(x, w, axes, jnp.float32)
+    check(gpu(x, w, axes=axes, precision=None, accumulate=jnp.float32, interpret=True), x, w, axes)
 
 
 def test_what_it_does_not_compute():
@@ -394,10 +417,7 @@ def test_what_it_does_not_compute():
     assert not supports(
         x[0], eqq.ArrayNF4.quantize(jnp.ones(8)), Axes((0,), (0,), (), ()), jnp.float32
     )
-    cubes = Cubes(
-        jnp.ones((4, 4), jnp.uint8), None, Packing(-1, 8, Tile(2)), jnp.dtype(jnp.float32)
-    )
-    assert not supports(x, cubes, LAST, jnp.float32)
+    assert not supports(jnp.ones((2, 8)), nibbles(Sorted, (4, 8)), LAST, jnp.float32)
 
 
 def test_block_sizes_measured_on_a_device_come_first(monkeypatch):
@@ -438,6 +458,9 @@ def test_an_implementation_that_does_not_serve():
         run(implementation="quick")
     with pytest.raises(ValueError, match=r"'integer' does not compute .*ArrayNF4 .*'gpu' would"):
         run(implementation="integer")
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), w)
+    with pytest.raises(ValueError, match=r"'gpu' does not compute .*\[2, 33, 70\]"):
+        jax.vmap(by_kernel, (None, 0))(x, stack)
     with pytest.raises(ValueError, match="'gpu' runs on cuda, but not in a program for cpu"):
         run(implementation="gpu")
 

@@ -114,9 +114,9 @@ def _compute(
 ) -> Array:
     w = jtu.tree_unflatten(treedef, leaves)
     accumulate = _accumulate_dtype(x, w, out_dtype)
-    name = implementation
-    if name is None:
-        name = choose(platform, x, w, axes, accumulate, digits=digits, plain=plain)
+    if implementation is not None:
+        check(implementation, x, w, axes, accumulate)  # vmap may have added axes
+    name = implementation or choose(platform, x, w, axes, accumulate, digits=digits, plain=plain)
     options: dict[str, Any] = dict(axes=axes, precision=precision, accumulate=accumulate)
     if name == "integer":
         options["digits"] = digits
@@ -200,7 +200,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
     x_dot, *leaves_dot = tangents
     y = quantized_dot_general_p.bind(x, *leaves, **params)
     params["digits"] = DIGITS  # of tangents
-    of_scales = params | dict(implementation="tiled")
+    of_scales: dict[str, Any] = params | dict(implementation="tiled")
     terms = []
     if type(x_dot) is not ad.Zero:
         terms.append(quantized_dot_general_p.bind(x_dot, *leaves, **params))
@@ -244,11 +244,9 @@ def _transpose(
     back = Axes(
         tuple(range(n_batch + n_free, ct.ndim)), tuple(w_free), tuple(range(n_batch)), axes.w_batch
     )
-    if implementation is not None:
-        accumulate = _accumulate_dtype(ct, w, x_aval.dtype)
-        implementation = (
-            implementation if computes(implementation, ct, w, back, accumulate) else None
-        )
+    accumulate = _accumulate_dtype(ct, w, x_aval.dtype)
+    if implementation is not None and not computes(implementation, ct, w, back, accumulate):
+        implementation = None
     ct_x = quantized_dot_general_p.bind(
         ct,
         *leaves,

@@ -123,10 +123,10 @@ def product(x: Array, w: AbstractScaledArray, scale: Array | None, problem: Prob
         return [block.plane(i, problem.dtype) for i in range(count)]
 
     def body(x_ref: Any, *refs: Any) -> None:
-        *refs, out_ref = refs
-        table_ref = refs.pop() if table is not None else None
-        scale_ref = refs.pop() if scale is not None else None
-        _program(problem, decode, x_ref, refs, scale_ref, table_ref, out_ref)
+        *stored, out_ref = refs
+        table_ref = None if table is None else stored.pop()
+        scale_ref = None if scale is None else stored.pop()
+        _program(problem, decode, x_ref, stored, scale_ref, table_ref, out_ref)
 
     body.__name__ = f"quantized_dot_general_{type(w).__name__}"
     blocks, outputs = problem.blocks, problem.outputs
@@ -155,8 +155,7 @@ def _program(
     out_ref: Any,
 ) -> None:
     inputs, outputs = problem.inputs, problem.outputs
-    # With the weight as the left operand it needs not be laid out anew for the tensor cores. Fewer than 64
-    # outputs they take on the right only.
+    # As the left operand, the weight goes from registers to the tensor cores, if there are 64 outputs at least.
     weight_first = problem.packed == "inputs" and outputs.block >= 64
     sums = problem.blocks.rows, outputs.block
 
@@ -178,13 +177,16 @@ def _program(
     per_output = outputs.tile.size // outputs.tile.stored
     whole = problem.steps * problem.splits * inputs.block == inputs.stored
 
-    def step(i: Any, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+    def step(i: Any, before: tuple[Array, ...]) -> tuple[Array, ...]:
+        totals = [*before]
+        x: Any = None
+        scale: Any = None
+        part: Any = None
         k_start = (first + jnp.asarray(i, jnp.int32)) * inputs.block
         k = k_start + _range(inputs.block)
         is_input = None if whole else k < inputs.stored
         mask = _both(*oriented(is_input, is_output))
         planes = decode([_load(ref, oriented(k, n), mask) for ref in refs], table_ref)
-        totals, part = [*totals], None
         for p, values in enumerate(planes):
             plane_k = inputs.elements(k, p) if problem.packed == "inputs" else k
             plane_n = outputs.elements(n, p) if problem.packed == "outputs" else n
@@ -235,7 +237,7 @@ def _program(
 def _dot(x: Array, values: Array, inputs_last: bool, weight_first: bool) -> Array:
     """The product, of shape (rows, outputs); transposed, with the weight first."""
     highest = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    options = dict(precision=highest, preferred_element_type=jnp.float32)
+    options: dict[str, Any] = dict(precision=highest, preferred_element_type=jnp.float32)
     if weight_first:
         return lax.dot_general(values, x, (((int(inputs_last),), (1,)), ((), ())), **options)
     return lax.dot_general(x, values, (((1,), (int(inputs_last),)), ((), ())), **options)
