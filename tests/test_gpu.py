@@ -90,7 +90,7 @@ def test_interpreted(format, axes, turn):
 @pytest.mark.parametrize("split", [1, 3, 8])
 def test_partial_sums(monkeypatch, split):
     product = importlib.import_module("eqquant.kernels.matmul.gpu.product")
-    monkeypatch.setattr(product, "splits_for", lambda programs, steps: split)
+    monkeypatch.setattr(product, "splits_for", lambda *sizes: split)
     x, w = operands("nf4", (5, 33, 500), LAST, jnp.bfloat16)
     y = gpu(x, w, axes=LAST, precision=None, accumulate=jnp.float32, interpret=True)
     check(y, x, w, LAST)
@@ -458,9 +458,10 @@ def test_an_implementation_that_does_not_serve():
         run(implementation="quick")
     with pytest.raises(ValueError, match=r"'integer' does not compute .*ArrayNF4 .*'gpu' would"):
         run(implementation="integer")
-    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), w)
-    with pytest.raises(ValueError, match=r"'gpu' does not compute .*\[2, 33, 70\]"):
-        jax.vmap(by_kernel, (None, 0))(x, stack)
+    stack = eqq.Array8B.quantize(jnp.ones((2, 33, 70)))  # vmap adds an axis
+    by_integers = partial(run.func, dimension_numbers=run.args[2], implementation="integer")
+    with pytest.raises(ValueError, match=r"'integer' does not compute .*\[2, 33, 70\]"):
+        jax.vmap(by_integers)(jnp.stack([x, x]), stack)
     with pytest.raises(ValueError, match="'gpu' runs on cuda, but not in a program for cpu"):
         run(implementation="gpu")
 

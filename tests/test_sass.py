@@ -17,8 +17,8 @@ def test_every_case_is_recorded_and_spills_nothing() -> None:
     assert list(RECORDED) == [str(case) for case in sass.CASES]
     for counted in RECORDED.values():
         assert counted["spilled_bytes"] == 0
-        # Partial sums, but nothing as large as the weight.
-        assert counted["temporary_bytes"] < sass.SIZE**2 / 8
+        # Partial sums, but not a twentieth of the dense weight.
+        assert counted["temporary_bytes"] < 2 * sass.SIZE**2 / 20
 
 
 @pytest.mark.skipif(bool(sass.missing()), reason=f"not installed: {', '.join(sass.missing())}")

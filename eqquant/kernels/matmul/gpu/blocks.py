@@ -62,6 +62,7 @@ def blocks_for(case: Case, device: str | None = None) -> Blocks:
     return Blocks(case.rows, 64, 128 if case.inputs_last and case.bits == 16 else 64)
 
 
-def splits_for(programs: int, steps: int) -> int:
-    """Into how many partial sums the loop of `steps` is cut, where there are so many programs without."""
-    return max(1, min(-(-PROGRAMS // programs), steps // 4))
+def splits_for(programs: int, steps: int, nbytes: int, stored: int) -> int:
+    """Into how many partial sums, of `nbytes` each, the loop of `steps` is cut, where there are so many programs
+    without: all of them take at most an eighth of what is stored."""
+    return max(1, min(-(-PROGRAMS // programs), steps // 4, stored // (8 * nbytes)))

@@ -100,7 +100,12 @@ def gpu(
         outputs=outputs,
         packed=case.packed,
         inputs_last=case.inputs_last,
-        splits=splits_for(programs, -(-inputs.stored // inputs.block)),
+        splits=splits_for(
+            programs,
+            -(-inputs.stored // inputs.block),
+            4 * len(rows) * outputs.length,
+            payload.array.size * payload.array.dtype.itemsize,
+        ),
         blocks=blocks,
         dtype=dtype,
         interpret=interpret,
