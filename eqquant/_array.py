@@ -271,6 +271,8 @@ class AbstractScaledArray(QuantizedArray):
     """`"int8"` if what this is multiplied with is rounded to 8 bits, too."""
     has_zero_code: ClassVar[bool] = False
     """Whether a stored code of 0 means the value 0."""
+    codebook: ClassVar[tuple[float, ...] | None] = None
+    """The sixteen values by their numbers, if a stored byte holds two of those: the first in its high half."""
 
     def values(self, dtype: Any) -> Array:
         """The values $v$, without scale, as a dense array of `dtype`."""

@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ __all__ = [
     "custom_vjp_forward",
     "equation_context",
     "find_primitive",
+    "gpu_kind",
     "has_explicit_axes",
     "instantiate_zero",
     "is_partitioned",
@@ -53,7 +55,9 @@ __all__ = [
     "primitive_names",
     "scan_counts",
     "source_frame",
+    "takes_triton",
     "tangent_dtype",
+    "triton_without_warning",
 ]
 
 apply_primitive = _dispatch.apply_primitive
@@ -200,6 +204,49 @@ def is_partitioned(ctx: Any) -> bool:
     if isinstance(context, _SPMDAxisContext):
         return set(context.manual_axes) != set(context.mesh.axis_names)
     return False
+
+
+def takes_triton(ctx: Any) -> bool:
+    """Whether a lowering for CUDA may hold a kernel of Pallas for Triton.
+
+    Not in an exported program: they are promised to run in later versions, which Triton's own is not. This
+    is what `jax_export_ignore_forward_compatibility` turns off. And not for a GPU that JAX does not
+    know, or that is older than what Triton supports.
+    """
+    if ctx.is_forward_compat():
+        return False
+    try:
+        from jax._src.pallas.triton.gpu_info import (  # pyright: ignore[reportMissingImports]
+            get_gpu_info,
+        )
+    except ImportError:  # before 0.11, which takes no GPU for a Hopper
+        here = _gpus()
+        return not here or float(here[0].compute_capability) >= 8
+    try:
+        return get_gpu_info().compute_capability >= 80
+    except ValueError:
+        return False
+
+
+def gpu_kind() -> str | None:
+    """The kind of the GPUs that are here; None if there are none."""
+    here = _gpus()
+    return here[0].device_kind if here else None
+
+
+def _gpus() -> Sequence[Any]:
+    try:
+        return jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return ()
+
+
+@contextmanager
+def triton_without_warning() -> Iterator[None]:
+    """Pallas for Triton is deprecated from JAX 0.11. Whoever calls a function of ours can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
+        yield
 
 
 def output_aval(primitive: Primitive, *avals: Any, **params: Any) -> Any:

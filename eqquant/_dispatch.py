@@ -209,6 +209,8 @@ _records: contextvars.ContextVar[list["AuditRow"] | None] = contextvars.ContextV
 )
 _recording_numbers = itertools.count(1)
 _recording_number: contextvars.ContextVar[int] = contextvars.ContextVar("number", default=0)
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_kernels: contextvars.ContextVar[list[str]] = contextvars.ContextVar("kernels")
 _seen_lines: dict[Any, Any] = {}
 
 
@@ -226,6 +228,8 @@ class AuditRow:
     """Bytes of quantized operands that were turned into dense arrays; 0 if none."""
     source: str
     """The line of user code."""
+    kernel: str = ""
+    """The implementation of the product, on the platform that was asked about; empty if it is no product."""
 
     @property
     def densified(self) -> bool:
@@ -296,15 +300,25 @@ def strict() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[AuditRow]]:
-    """Collects an `AuditRow` for every equation that meets a quantized operand, and never warns."""
+def recording(platform: str | None = None) -> Iterator[list[AuditRow]]:
+    """Collects an `AuditRow` for every equation that meets a quantized operand, and never warns. Kernels are
+    those that `platform` runs."""
     records: list[AuditRow] = []
     token, number = _records.set(records), _recording_number.set(next(_recording_numbers))
+    platform_token = _platform.set(platform)
     try:
         yield records
     finally:
         _records.reset(token)
         _recording_number.reset(number)
+        _platform.reset(platform_token)
+
+
+def note_kernel(choose: Callable[[str], str]) -> None:
+    """Tells an audit which kernel runs in the equation that is being evaluated, given the platform."""
+    platform = _platform.get()
+    if platform is not None and (kernel := choose(platform)) not in (noted := _kernels.get([])):
+        noted.append(kernel)
 
 
 def tracing_state() -> tuple[Any, ...]:
@@ -376,10 +390,15 @@ def apply(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any])
             arrays = [
                 x if isinstance(x, (ImplicitArray, Array)) else jnp.asarray(x) for x in operands
             ]
-        out = rule(primitive, *arrays, **params)
+        kernels: list[str] = []
+        token = _kernels.set(kernels)
+        try:
+            out = rule(primitive, *arrays, **params)
+        finally:
+            _kernels.reset(token)
         if out is not NotImplemented:
             if (records := _records.get()) is not None and not getattr(rule, "transparent", False):
-                records.append(_record(primitive, operands, rule))
+                records.append(_record(primitive, operands, rule, ", ".join(kernels)))
             return list(out) if primitive.multiple_results else [out]
     laid_out = [lay_out(x) for x in operands]
     if any(new is not old for new, old in zip(laid_out, operands, strict=True)):
@@ -408,12 +427,11 @@ def as_dense(x: Any) -> Any:
     return x.materialize() if isinstance(x, ImplicitArray) else x
 
 
-def _record(primitive: Primitive, operands: Sequence[Any], rule: _Rule) -> AuditRow:
+def _record(primitive: Primitive, operands: Sequence[Any], rule: _Rule, kernel: str) -> AuditRow:
     code = inspect.unwrap(rule).__code__
     where = f"{rule.__name__} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
-    return AuditRow(
-        primitive.name, tuple(map(short, operands)), where, 0, str(_compat.source_frame())
-    )
+    line = str(_compat.source_frame())
+    return AuditRow(primitive.name, tuple(map(short, operands)), where, 0, line, kernel)
 
 
 def transparent(rule: _Rule) -> _Rule:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 
 from ._dispatch import AuditRow, recording
 from ._implicit import Implicit, implicit
@@ -33,12 +34,13 @@ class Audit:
         return [dataclasses.asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
-        header = ["primitive", "operands", "rule", "made dense", "line"]
+        header = ["primitive", "operands", "rule", "kernel", "made dense", "line"]
         rows = [
             [
                 row.primitive,
                 ", ".join(row.operands),
                 row.rule,
+                row.kernel,
                 format_bytes(row.dense_bytes) if row.densified else "",
                 row.source,
             ]
@@ -48,10 +50,10 @@ class Audit:
             f"equations with a quantized operand: {len(rows)}; that made it dense: "
             f"{len(self.densified)} ({format_bytes(self.dense_bytes)})"
         )
-        return f"{format_table(header, rows, left=3)}\n{total}" if rows else total
+        return f"{format_table(header, rows, left=4)}\n{total}" if rows else total
 
 
-def audit(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Audit:
+def audit(f: Callable[..., Any], *args: Any, platform: str | None = None, **kwargs: Any) -> Audit:
     """Traces `implicit(f)(*args, **kwargs)` and reports on every equation with a quantized operand.
 
     Nothing is computed, and nothing warns or raises for being made dense.
@@ -60,9 +62,10 @@ def audit(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Audit:
 
     - `f`: a function or model, wrapped in [`implicit`][eqquant.implicit] or not.
     - `args`, `kwargs`: its arguments.
+    - `platform`: `"cpu"`, `"cuda"`, `"tpu"`: where it would run, on one device. By default, here.
 
     **Returns:** an [`Audit`][eqquant.Audit]: primitive, operands, the rule with its file and line
-    (or `densified`), bytes, and the line of user code.
+    (or `densified`), the kernel of a product, bytes, and the line of user code.
 
     !!! example
 
@@ -77,6 +80,6 @@ def audit(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Audit:
         ```
     """
     wrapped = f if isinstance(f, Implicit) else implicit(f)
-    with recording() as records:
+    with recording(platform or jax.default_backend()) as records:
         eqx.filter_eval_shape(wrapped, *args, **kwargs)
     return Audit(tuple(records))

@@ -86,6 +86,7 @@ class ArrayNF4(AbstractScaledArray):
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "packed"
+    codebook: ClassVar[tuple[float, ...]] = LEVELS
 
     def __init__(
         self,

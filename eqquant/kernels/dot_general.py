@@ -3,7 +3,7 @@
 Which implementation runs is decided when it is lowered, for each platform.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,16 +15,17 @@ from jax import Array, lax
 from .. import _compat
 from .._array import AbstractScaledArray
 from .._compat import ad, batching, mlir
+from .._dispatch import note_kernel
 from ..tiles import spread
-from .matmul import cpu, fused, integer, tiled
-from .matmul.integer import DIGITS, rounded_rows, supports
+from .matmul.choice import check, check_lowering, choose, computes, IMPLEMENTATIONS
+from .matmul.integer import DIGITS, rounded_rows
 from .matmul.reference import Axes
 
 
 quantized_dot_general_p = _compat.Primitive("quantized_dot_general")
-"""Operands: `x`, then the leaves of `w`. Parameters: the treedef of `w`, those of `lax.dot_general`, and
-how many 8-bit digits the rows of `x` have, if they are integers up to a factor. Result: batch axes, free
-axes of `x`, free axes of `w`."""
+"""Operands: `x`, then the leaves of `w`. Parameters: the treedef of `w`, those of `lax.dot_general`,
+how many 8-bit digits the rows of `x` have, if they are integers up to a factor, and the name of the
+implementation, or None. Result: batch axes, free axes of `x`, free axes of `w`."""
 
 
 def quantized_dot_general(
@@ -34,6 +35,7 @@ def quantized_dot_general(
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
+    implementation: str | None = None,
 ) -> Array:
     """`lax.dot_general(x, w.materialize(), ...)` without the dense weight.
 
@@ -42,9 +44,15 @@ def quantized_dot_general(
     - `x`: a floating-point array. If `w.activations` is `"int8"`, it is rounded: the numbers that are
         summed up together share a scale, the largest magnitude over 127.
     - `w`: the quantized operand; all others as in `jax.lax.dot_general`.
+    - `implementation`: by default the one that serves best where the program runs. One of them by name,
+        `"reference"`, `"fused"`, `"tiled"`, `"integer"`, `"tables"` or `"gpu"`, also computes the
+        derivative in `x`, where it can.
 
     **Returns:** an array of the shape and dtype that `jax.lax.dot_general` gives. Sums are
     accumulated in float32 (float64 if an operand is).
+
+    **Raises:** `ValueError` if there is no implementation of that name, or if it does not compute this
+    product or does not run where the program is compiled for.
 
     !!! example
 
@@ -61,14 +69,25 @@ def quantized_dot_general(
     leaves, treedef = jtu.tree_flatten(w)
     axes, digits = Axes.of(dimension_numbers), DIGITS
     out_dtype = _out_dtype(x, w, preferred_element_type)
+    explicit = _compat.has_explicit_axes(x, *leaves)
+    if implementation is not None:
+        check(implementation, x, w, axes, _accumulate_dtype(x, w, out_dtype))
+        if explicit:
+            raise ValueError(
+                f"implementation={implementation!r} cannot be asked for with explicit mesh axes, where XLA's "
+                "own product is used; leave it out."
+            )
     if w.activations == "int8":
         x, digits = rounded_rows(x, axes.x_contract), 1
-    params = dict(
-        treedef=treedef, axes=axes, precision=precision, out_dtype=out_dtype, digits=digits
-    )
-    if _compat.has_explicit_axes(x, *leaves):
+    params = dict(treedef=treedef, axes=axes, precision=precision, out_dtype=out_dtype)
+    if explicit:
         # Shardings are part of the types here: let JAX's own dot check and propagate them.
         return jax.checkpoint(partial(_explicit, **params, out_sharding=out_sharding))(x, *leaves)
+    accumulate = _accumulate_dtype(x, w, out_dtype)
+    note_kernel(
+        lambda platform: implementation or choose(platform, x, w, axes, accumulate, digits=digits)
+    )
+    params |= dict(digits=digits, implementation=implementation)
     return quantized_dot_general_p.bind(x, *leaves, **params)
 
 
@@ -81,28 +100,32 @@ def _accumulate_dtype(x: Any, w: Any, out_dtype: Any) -> Any:
     return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
-def _with(implementation: Callable[..., Array]) -> Callable[..., Array]:
-    def run(
-        x: Array,
-        *leaves: Array,
-        treedef: Any,
-        axes: Axes,
-        precision: Any,
-        out_dtype: Any,
-        digits: int,
-    ) -> Array:
-        w = jtu.tree_unflatten(treedef, leaves)
-        options = dict(
-            axes=axes, precision=precision, accumulate=_accumulate_dtype(x, w, out_dtype)
-        )
-        if digits == 1 and supports(x, w, axes, options["accumulate"]):
-            y = integer(x, w, **options, digits=1)
-        else:
-            y = implementation(x, w, **options)
-        return y.astype(out_dtype)
-
-    run.__name__ = f"quantized_dot_general_{implementation.__name__}"
-    return run
+def _compute(
+    x: Array,
+    *leaves: Array,
+    treedef: Any,
+    axes: Axes,
+    precision: Any,
+    out_dtype: Any,
+    digits: int,
+    implementation: str | None,
+    platform: str | None = None,
+    plain: bool = True,
+) -> Array:
+    w = jtu.tree_unflatten(treedef, leaves)
+    accumulate = _accumulate_dtype(x, w, out_dtype)
+    if implementation is not None:
+        check(implementation, x, w, axes, accumulate)  # vmap may have added axes
+    name = implementation or choose(platform, x, w, axes, accumulate, digits=digits, plain=plain)
+    options: dict[str, Any] = dict(axes=axes, precision=precision, accumulate=accumulate)
+    if name == "integer":
+        options["digits"] = digits
+    if name == "fused":
+        options["half"] = platform != "cpu"  # where XLA cannot multiply bfloat16 in every layout
+    if name == "gpu":
+        options["device"] = _compat.gpu_kind()
+    with jax.named_scope(f"quantized_dot_general_{name}"):
+        return IMPLEMENTATIONS[name](x, w, **options).astype(out_dtype)
 
 
 def _explicit(
@@ -112,7 +135,6 @@ def _explicit(
     axes: Axes,
     precision: Any,
     out_dtype: Any,
-    digits: int,
     out_sharding: Any,
 ) -> Array:
     w = jtu.tree_unflatten(treedef, leaves)
@@ -134,7 +156,7 @@ def _explicit(
 
 @quantized_dot_general_p.def_abstract_eval
 def _abstract(
-    x: Any, *leaves: Any, treedef: Any, axes: Axes, precision: Any, out_dtype: Any, digits: int
+    x: Any, *leaves: Any, treedef: Any, axes: Axes, precision: Any, out_dtype: Any, **params: Any
 ) -> Any:
     w = jtu.tree_unflatten(treedef, leaves)
     payload: Any = w.payload_leaf.array
@@ -153,20 +175,23 @@ def _abstract(
 quantized_dot_general_p.def_impl(partial(_compat.apply_primitive, quantized_dot_general_p))
 
 
-def _fused_on_cpu(x: Array, w: AbstractScaledArray, **options: Any) -> Array:
-    # XLA for CPU cannot multiply bfloat16 in every layout.
-    return fused(x, w, **options, half=False)
+def _lower_for(platform: str | None) -> Any:
+    def lower(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
+        plain = _compat.is_partitioned(ctx)
+        if platform == "cuda":
+            plain = plain or not _compat.takes_triton(ctx)
+        if implementation is not None:
+            check_lowering(implementation, platform, plain)
+        run = partial(_compute, implementation=implementation, platform=platform, plain=plain)
+        with _compat.triton_without_warning():
+            return mlir.lower_fun(run, multiple_results=False)(ctx, *operands, **params)
+
+    return lower
 
 
-def _lower_cpu(ctx: Any, *operands: Any, **params: Any) -> Any:
-    implementation = _fused_on_cpu if _compat.is_partitioned(ctx) else cpu
-    return mlir.lower_fun(_with(implementation), multiple_results=False)(ctx, *operands, **params)
-
-
-mlir.register_lowering(
-    quantized_dot_general_p, mlir.lower_fun(_with(fused), multiple_results=False)
-)
-mlir.register_lowering(quantized_dot_general_p, _lower_cpu, platform="cpu")
+mlir.register_lowering(quantized_dot_general_p, _lower_for(None))
+for _platform in ("cpu", "cuda"):
+    mlir.register_lowering(quantized_dot_general_p, _lower_for(_platform), platform=_platform)
 
 
 # --------------------------------------------------------------------------- transformations
@@ -177,6 +202,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
     x_dot, *leaves_dot = tangents
     y = quantized_dot_general_p.bind(x, *leaves, **params)
     params["digits"] = DIGITS  # of tangents
+    of_scales: dict[str, Any] = params | dict(implementation="tiled")
     terms = []
     if type(x_dot) is not ad.Zero:
         terms.append(quantized_dot_general_p.bind(x_dot, *leaves, **params))
@@ -187,7 +213,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
             filled = list(leaves)
             for i, value in zip(moving, values, strict=True):
                 filled[i] = value
-            return _with(tiled)(x, *filled, **params)
+            return _compute(x, *filled, **of_scales)
 
         _, y_dot = jax.jvp(of_moving, [leaves[i] for i in moving], [leaves_dot[i] for i in moving])
         terms.append(y_dot)
@@ -205,6 +231,7 @@ def _transpose(
     precision: Any,
     out_dtype: Any,
     digits: int,
+    implementation: str | None,
 ) -> list[Any]:
     nothing = [None] * len(leaves)
     if type(ct) is ad.Zero:
@@ -219,6 +246,9 @@ def _transpose(
     back = Axes(
         tuple(range(n_batch + n_free, ct.ndim)), tuple(w_free), tuple(range(n_batch)), axes.w_batch
     )
+    accumulate = _accumulate_dtype(ct, w, x_aval.dtype)
+    if implementation is not None and not computes(implementation, ct, w, back, accumulate):
+        implementation = None
     ct_x = quantized_dot_general_p.bind(
         ct,
         *leaves,
@@ -227,6 +257,7 @@ def _transpose(
         precision=precision,
         out_dtype=x_aval.dtype,
         digits=DIGITS,
+        implementation=implementation,
     )
     of_w = dict(zip(axes.w_contract, axes.x_contract, strict=True))
     order = [*axes.x_batch, *x_free, *(of_w[axis] for axis in sorted(axes.w_contract))]
@@ -244,7 +275,7 @@ def _transpose_leaves(
         filled = list(leaves)
         for i, value in zip(linear, values, strict=True):
             filled[i] = value
-        return _with(tiled)(
+        return _compute(
             x,
             *filled,
             treedef=treedef,
@@ -252,6 +283,7 @@ def _transpose_leaves(
             precision=precision,
             out_dtype=out_dtype,
             digits=DIGITS,
+            implementation="tiled",
         )
 
     zeros = [jnp.zeros(leaves[i].aval.shape, leaves[i].aval.dtype) for i in linear]

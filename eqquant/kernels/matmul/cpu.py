@@ -3,13 +3,10 @@
 import math
 from typing import Any
 
-from jax import Array
-
 from ..._array import AbstractScaledArray
-from .integer import integer, supports
+from .integer import supports
 from .reference import Axes
-from .tables import BYTES, supports as supports_tables, tables
-from .tiled import tiled
+from .tables import BYTES, supports as supports_tables
 
 
 # Measured on two AVX-512 cores, float32, time of `tiled` over that of `integer`, for int8 and binary weights:
@@ -30,8 +27,8 @@ MIN_ELEMENTS_PER_ROW = 2
 MIN_OUTPUTS_OF_TABLES = 10 * BYTES
 
 
-def cpu(x: Array, w: AbstractScaledArray, *, axes: Axes, precision: Any, accumulate: Any) -> Array:
-    """As `reference`."""
+def choose(x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> str:
+    """The name of the implementation."""
     rows = x.size // max(math.prod(x.shape[axis] for axis in axes.x_contract), 1)
     outputs = w.size // max(math.prod(w.shape[axis] for axis in axes.w_contract), 1)
     if (
@@ -40,8 +37,7 @@ def cpu(x: Array, w: AbstractScaledArray, *, axes: Axes, precision: Any, accumul
         and rows * MIN_ELEMENTS_PER_ROW <= w.packing.elements
         and outputs * w.packing.elements >= MIN_OUTPUTS_OF_TABLES
     ):
-        return tables(x, w, axes=axes, precision=precision, accumulate=accumulate)
+        return "tables"
     size = MIN_SIZE_OF_DIGITS if w.packing is None else MIN_SIZE_OF_DIGITS_IF_PACKED
     digits = rows <= MAX_ROWS_OF_DIGITS and w.size >= size and supports(x, w, axes, accumulate)
-    implementation = integer if digits else tiled
-    return implementation(x, w, axes=axes, precision=precision, accumulate=accumulate)
+    return "integer" if digits else "tiled"

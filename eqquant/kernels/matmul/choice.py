@@ -1,0 +1,89 @@
+"""Which implementation computes a product: a function of what is known when it is lowered."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax import Array
+
+from ..._array import AbstractScaledArray
+from . import cpu
+from .fused import fused
+from .gpu import gpu, pays as pays_on_gpu, supports as supports_gpu
+from .integer import DIGITS, integer, supports as supports_integer
+from .reference import Axes, reference
+from .tables import supports as supports_tables, tables
+from .tiled import tiled
+
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
+    "reference": reference,
+    "fused": fused,
+    "tiled": tiled,
+    "integer": integer,
+    "tables": tables,
+    "gpu": gpu,
+}
+SUPPORTS = {"integer": supports_integer, "tables": supports_tables, "gpu": supports_gpu}
+PLATFORMS = {"gpu": ("cuda", "gpu")}
+GPU_KERNEL = "EQQUANT_GPU_KERNEL"
+"""The environment variable that makes the kernel for GPUs the default there. It has not run on one yet."""
+
+
+def choose(
+    platform: str | None,
+    x: Any,
+    w: AbstractScaledArray,
+    axes: Axes,
+    accumulate: Any,
+    *,
+    digits: int = DIGITS,
+    plain: bool = False,
+) -> str:
+    """The name of the implementation that serves best: on `"cpu"`, on `"cuda"`, or on any other platform.
+
+    With `plain`, one of operations that XLA can split over devices and that run on every device.
+    """
+    if digits == 1 and supports_integer(x, w, axes, accumulate):
+        return "integer"
+    if plain:
+        return "fused"
+    if platform == "cpu":
+        return cpu.choose(x, w, axes, accumulate)
+    if platform in PLATFORMS["gpu"] and os.environ.get(GPU_KERNEL) == "1":
+        return (
+            "gpu" if supports_gpu(x, w, axes, accumulate) and pays_on_gpu(x, w, axes) else "fused"
+        )
+    return "fused"
+
+
+def computes(name: str, x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
+    """Whether the implementation of this name computes this product."""
+    return name not in SUPPORTS or SUPPORTS[name](x, w, axes, accumulate)
+
+
+def check(name: str, x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> None:
+    """Raises `ValueError` unless there is an implementation of this name that computes this product."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be {_names(IMPLEMENTATIONS)}; it is {name!r}.")
+    if not computes(name, x, w, axes, accumulate):
+        able = [other for other in IMPLEMENTATIONS if computes(other, x, w, axes, accumulate)]
+        raise ValueError(
+            f"implementation={name!r} does not compute the product of {x.dtype}{list(x.shape)} with "
+            f"{type(w).__name__} {w.dtype}{list(w.shape)} along {axes.w_contract}; {_names(able)} would."
+        )
+
+
+def check_lowering(name: str, platform: str | None, plain: bool) -> None:
+    """Raises `ValueError` if the implementation of this name does not run where a program is lowered for."""
+    if name in PLATFORMS and (plain or platform not in PLATFORMS[name]):
+        where = f"a program for {platform or 'another platform'}"
+        if platform in PLATFORMS[name]:
+            where = "one that is partitioned over devices, or exported without custom calls"
+        raise ValueError(
+            f"implementation={name!r} runs on {PLATFORMS[name][0]}, but not in {where}."
+        )
+
+
+def _names(names: Any) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,180 @@
+"""What the kernel computes, and where it serves."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import Array
+
+from ...._array import AbstractScaledArray
+from ....tiles import Leaf, spread
+from ..reference import Axes
+from .blocks import Blocks, blocks_for, Case, MAX_ROWS, splits_for
+
+
+# Of float32 the kernel multiplies without tensor cores. XLA makes the weight dense, which costs more than the
+# product up to some number of rows: neither number was measured on a device. The first is where the
+# arithmetic of the dense product takes as long as reading a bfloat16 weight.
+MAX_ROWS_IN_16_BITS = 256
+MAX_ROWS_IN_32_BITS = 16
+MIN_SIZE = 1 << 20
+
+
+def supports(x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
+    """Whether `gpu` computes this product: with a matrix, along one of its axes, that decodes number by
+    number."""
+    floats = (jnp.bfloat16, jnp.float16, jnp.float32)
+    return (
+        w.ndim == 2
+        and len(axes.w_contract) == 1
+        and not axes.w_batch
+        and jnp.dtype(accumulate) == jnp.float32
+        and x.dtype in floats
+        and w.dtype in floats
+        and math.prod(x.shape) * w.size > 0
+        and max(math.prod(x.shape), w.size) < 2**31
+        and _decodes(w)
+    )
+
+
+def pays(x: Any, w: AbstractScaledArray, axes: Axes) -> bool:
+    """Whether XLA makes the weight dense, and there are few enough rows for that to matter."""
+    (axis,) = axes.w_contract
+    scale = w.leaves().get("scale")
+    left_to_xla = w.packing is None and (scale is None or _leaves_the_sum(scale, axis))
+    rows = math.prod(x.shape) // w.shape[axis]
+    most = MAX_ROWS_IN_32_BITS if _dtype(x, w) == jnp.float32 else MAX_ROWS_IN_16_BITS
+    return not left_to_xla and rows <= most and w.size >= MIN_SIZE
+
+
+def gpu(
+    x: Array,
+    w: AbstractScaledArray,
+    *,
+    axes: Axes,
+    precision: Any,
+    accumulate: Any,
+    device: str | None = None,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> Array:
+    """As `reference`, where `supports` says so. Reads the stored numbers, and nothing as large as the dense
+    weight is written.
+
+    What is multiplied is rounded as the dense product would be, to the common dtype of `x` and `w`; float32
+    is not rounded, whatever the `precision`. `device` and `blocks` say how it is cut; `interpret` runs it anywhere.
+    """
+    from .kernel import Problem, product, Side
+
+    (x_axis,), (axis,) = axes.x_contract, axes.w_contract
+    x = jnp.moveaxis(x, x_axis, -1)
+    batch, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    w = w.unnested()
+    payload = w.payload_leaf
+    scale, factors = w.leaves().get("scale"), None
+    dtype = _dtype(x, w)
+    if scale is not None and scale.is_constant_along(axis):
+        # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.
+        factors, scale = spread(scale, [1 - axis]).reshape(-1), None
+    elif scale is not None:
+        to_input = scale.is_constant_along(1 - axis)
+        if dtype == jnp.float16 and (
+            to_input or not Side.of(payload, scale, axis, 16).shares_scale
+        ):
+            dtype = jnp.dtype(jnp.float32)  # float16 is too narrow for its numbers times a scale
+        if to_input:
+            # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
+            rows, scale = rows.astype(jnp.float32) * spread(scale, [axis]).reshape(-1), None
+    case = case_of(len(rows), w, axis, dtype)
+    if blocks is None:
+        blocks = blocks_for(case, device)
+    inputs = Side.of(payload, scale, axis, blocks.inputs)
+    outputs = Side.of(payload, scale, 1 - axis, blocks.outputs)
+    programs = -(-len(rows) // blocks.rows) * -(-outputs.stored // outputs.block)
+    problem = Problem(
+        rows=len(rows),
+        inputs=inputs,
+        outputs=outputs,
+        packed=case.packed,
+        inputs_last=case.inputs_last,
+        splits=splits_for(
+            programs,
+            -(-inputs.stored // inputs.block),
+            4 * len(rows) * outputs.length,
+            payload.array.size * payload.array.dtype.itemsize,
+        ),
+        blocks=blocks,
+        dtype=dtype,
+        interpret=interpret,
+    )
+    y = product(rows.astype(dtype), w, None if scale is None else scale.array, problem)
+    y = jnp.sum(y, axis=0)
+    if factors is not None:
+        y = y * factors
+    return y.reshape(*batch, w.shape[1 - axis])
+
+
+def case_of(rows: int, w: AbstractScaledArray, axis: int, dtype: Any) -> Case:
+    """What the block sizes depend on, for so many rows and a sum along this axis of `w`."""
+    height = min(MAX_ROWS, max(16, 1 << (rows - 1).bit_length()))
+    packed, elements = "no", 1
+    if w.packing is not None:
+        packed = "inputs" if w.packing.axis % 2 == axis else "outputs"
+        elements = w.packing.elements
+    return Case(height, 8 * dtype.itemsize, elements, packed, axis == 1)
+
+
+def _dtype(x: Any, w: AbstractScaledArray) -> Any:
+    """What is multiplied."""
+    return jnp.dtype(jnp.promote_types(x.dtype, w.dtype))
+
+
+def _leaves_the_sum(scale: Leaf, axis: int) -> bool:
+    """Whether it can be multiplied into the result, or into the input."""
+    return scale.is_constant_along(axis) or scale.is_constant_along(1 - axis)
+
+
+def _decodes(w: AbstractScaledArray) -> bool:
+    """Whether the kernel can decode a block of the stored numbers as the format says."""
+    payload = [leaf.array for leaf in w.leaves().values() if leaf.ordered]
+    if w.packing is not None and w.packing.elements > 16:
+        return False
+    if any(leaf.dtype not in (jnp.int8, jnp.uint8, jnp.uint16) for leaf in payload):
+        return False
+    if w.codebook is not None:
+        return True
+    if w.packing is not None and type(w).plane is AbstractScaledArray.plane:
+        return False  # it decodes all elements together
+    leaves, treedef = jtu.tree_flatten(w)
+    return _is_elementwise(treedef, tuple(leaf.dtype for leaf in leaves))
+
+
+# What Triton computes number by number.
+_ELEMENTWISE = frozenset(
+    "abs add and convert_element_type eq ge gt jit le lt max min mul ne neg not or pjit select_n "
+    "shift_left shift_right_arithmetic shift_right_logical sub xor".split()
+)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_elementwise(treedef: Any, dtypes: tuple[Any, ...]) -> bool:
+    """Whether every plane is arithmetic on the stored numbers, one by one."""
+    shape = (16, 16)
+
+    def planes(*leaves: Array) -> list[Array]:
+        w = jtu.tree_unflatten(treedef, leaves)
+        count = 1 if w.packing is None else w.packing.elements
+        return [w.plane(i, jnp.float32) for i in range(count)]
+
+    def simple(jaxpr: Any) -> bool:
+        return all(
+            eqn.primitive.name in _ELEMENTWISE
+            and ("jaxpr" not in eqn.params or simple(eqn.params["jaxpr"]))
+            for eqn in jaxpr.eqns
+        )
+
+    found = jax.make_jaxpr(planes)(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes))
+    return not found.consts and all(out.shape == shape for out in found.out_avals) and simple(found)

@@ -1,0 +1,492 @@
+"""The kernel for GPUs: interpreted against float64, lowered for CUDA, chosen where it serves."""
+
+import contextlib
+import importlib
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
+
+import eqquant as eqq
+from eqquant.kernels import quantized_dot_general
+from eqquant.kernels.matmul import choose, gpu
+from eqquant.kernels.matmul.gpu import supports
+from eqquant.kernels.matmul.gpu.blocks import Blocks, blocks_for, Case
+from eqquant.kernels.matmul.reference import Axes
+from eqquant.tiles import Packing, Tile
+
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+
+@pytest.fixture(autouse=True)
+def kernel_by_default(monkeypatch):
+    monkeypatch.setenv("EQQUANT_GPU_KERNEL", "1")
+
+
+choice = importlib.import_module("eqquant.kernels.matmul.choice")
+blocks = importlib.import_module("eqquant.kernels.matmul.gpu.blocks")
+
+FORMATS = {
+    "nf4": eqq.ArrayNF4.quantize,
+    "nf4 double": partial(eqq.ArrayNF4.quantize, double=True),
+    "nf4 along the first axis": partial(eqq.ArrayNF4.quantize, axis=0, block_size=32),
+    "nf4 in odd blocks": partial(eqq.ArrayNF4.quantize, block_size=50),
+    "int8": eqq.Array8B.quantize,
+    "int8 in blocks": partial(eqq.Array8B.quantize, block_size=32),
+    "int8 in odd blocks": partial(eqq.Array8B.quantize, block_size=10, axis=0),
+    "ternary": eqq.Array1B.quantize,
+    "ternary in blocks": partial(eqq.Array1B.quantize, block_size=16),
+    "binary": partial(eqq.Array1B.quantize, levels="binary"),
+    "binary in blocks": partial(eqq.Array1B.quantize, levels="binary", block_size=32),
+    "rsr binary": eqq.RSROperatorBinary.quantize,
+    "rsr ternary": partial(eqq.RSROperatorTernary.quantize, k=11),
+}
+LAST, FIRST = Axes((1,), (1,), (), ()), Axes((1,), (0,), (), ())
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
+# rows, then the axes of the weight: of one block, of several that fit, of several that do not.
+SHAPES = [(1, 3, 7), (16, 128, 256), (5, 33, 70), (20, 70, 300)]
+each_format = pytest.mark.parametrize("format", FORMATS)
+each_orientation = pytest.mark.parametrize("axes", [LAST, FIRST], ids=["last", "first"])
+
+
+def operands(format: str, shape: Any, axes: Axes, dtype: Any) -> tuple[jax.Array, Any]:
+    rng = np.random.default_rng(sum(shape))
+    rows, *weight = shape
+    w = FORMATS[format](jnp.asarray(rng.normal(size=weight), jnp.float32), dtype=dtype)
+    return jnp.asarray(rng.normal(size=(rows, weight[axes.w_contract[0]])), dtype), w
+
+
+def check(y: Any, x: Any, w: Any, axes: Axes) -> None:
+    """Each factor may be rounded to its dtype, and each term of the sum to float32."""
+    x64, w64 = np.asarray(x, np.float64), np.asarray(w.materialize(), np.float64)
+    w64 = w64.T if axes == LAST else w64
+    eps = (w64.shape[0] + 4) * np.finfo(np.float32).eps
+    if x.dtype != jnp.float32:
+        eps += float(jnp.finfo(x.dtype).eps)
+    assert (
+        np.abs(np.asarray(y, np.float64) - x64 @ w64) <= eps * (np.abs(x64) @ np.abs(w64))
+    ).all()
+
+
+# ------------------------------------------------------------------------------------- values
+
+
+@each_format
+@each_orientation
+@pytest.mark.parametrize("turn", range(2))
+def test_interpreted(format, axes, turn):
+    # The shapes and dtypes take turns.
+    number = 2 * list(FORMATS).index(format) + turn + (axes == FIRST)
+    shape, dtype = SHAPES[number % len(SHAPES)], FLOATS[number % len(FLOATS)]
+    x, w = operands(format, shape, axes, dtype)
+    assert supports(x, w, axes, jnp.float32)
+    run = partial(gpu, axes=axes, precision=None, accumulate=jnp.float32, interpret=True)
+    y = run(x, w)
+    assert y.dtype == jnp.float32
+    check(y, x, w, axes)
+
+
+@pytest.mark.parametrize("split", [1, 3, 8])
+def test_partial_sums(monkeypatch, split):
+    product = importlib.import_module("eqquant.kernels.matmul.gpu.product")
+    monkeypatch.setattr(product, "splits_for", lambda *sizes: split)
+    x, w = operands("nf4", (5, 33, 500), LAST, jnp.bfloat16)
+    y = gpu(x, w, axes=LAST, precision=None, accumulate=jnp.float32, interpret=True)
+    check(y, x, w, LAST)
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (32, 64, 16), (16, 128, 64)], ids=str)
+@each_orientation
+def test_any_block_sizes(sizes, axes):
+    x, w = operands("nf4", (20, 70, 140), axes, jnp.bfloat16)
+    options = dict(precision=None, accumulate=jnp.float32, interpret=True)
+    check(gpu(x, w, axes=axes, blocks=Blocks(*sizes), **options), x, w, axes)
+
+
+def test_float16_is_not_scaled_out_of_its_range():
+    x, w = operands("int8", (2, 64, 32), FIRST, jnp.float16)
+    tiny = eqx.tree_at(lambda w: w.scale, w, w.scale * 1e-6)
+    y = gpu(x, tiny, axes=FIRST, precision=None, accumulate=jnp.float32, interpret=True)
+    want = np.asarray(x, np.float64) @ (np.asarray(tiny.scale) * np.asarray(tiny.weight))
+    np.testing.assert_allclose(y, want, rtol=0.01, atol=1e-3 * np.abs(want).max())
+
+
+def test_a_block_that_is_not_finite_stays_where_it_is():
+    x, w = operands("nf4", (2, 40, 128), LAST, jnp.bfloat16)
+    w = eqx.tree_at(lambda w: w.absmax, w, w.absmax.at[7, 1].set(jnp.nan))
+    y = gpu(x, w, axes=LAST, precision=None, accumulate=jnp.float32, interpret=True)
+    assert (np.isnan(np.asarray(y)) == (np.arange(40) == 7)).all()
+
+
+class Registers(dict):
+    """Runs the few instructions of PTX that decoding takes, on words."""
+
+    def value(self, name: str) -> int:
+        return int(name, 16) if name.startswith("0x") else self[name] if name in self else int(name)
+
+    def run(self, asm: str) -> None:
+        for line in asm.strip("{}").split(";"):
+            operation, _, operands = line.strip().partition(" ")
+            if operation in ("", ".reg"):
+                continue
+            to, *names = (name.strip() for name in operands.split(","))
+            a, b, *more = map(self.value, names)
+            if operation == "prmt.b32":
+                which = [more[0] >> 4 * i & 15 for i in range(4)]
+                assert max(which) < 8  # the fourth bit copies a sign
+                self[to] = sum(((b << 32 | a) >> 8 * n & 255) << 8 * i for i, n in enumerate(which))
+            else:
+                c, *table = more or [0]
+                assert table in ([], [(0xF0 & 0xCC) | 0xAA])
+                self[to] = {"and.b32": a & b, "shr.u32": a >> b, "lop3.b32": a & b | c}[operation]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_levels_by_permutation(dtype):
+    # The interpreter has no assembly: here are all bytes through it, four at a time.
+    kernel = importlib.import_module("eqquant.kernels.matmul.gpu.kernel")
+    levels = np.asarray(eqq.ArrayNF4.codebook, np.float32).astype(dtype)
+    words = np.asarray(kernel._words(eqq.ArrayNF4.codebook, dtype)).view(np.uint32)
+    stored = np.random.default_rng(0).permutation(np.repeat(np.arange(256, dtype=np.uint8), 4))
+    names = [f"${5 + 4 * i}" for i in range(8)]
+    for four in stored.reshape(-1, 4):
+        registers = Registers(zip(names, map(int, words), strict=True))
+        registers["$4"] = int(four.view(np.uint32)[0])
+        registers.run(kernel.permutation(names))
+        pairs = (
+            np.array([registers[f"${i}"] for i in range(4)], np.uint32).view(dtype).reshape(4, 2)
+        )
+        np.testing.assert_array_equal(pairs, levels[np.stack([four & 15, four >> 4], 1)])
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """On CPU, `implementation="gpu"` runs the kernel by interpretation."""
+    calls = []
+
+    def run(x: Any, w: Any, **options: Any) -> Any:
+        calls.append((x.shape, options["axes"].w_contract))
+        return gpu(x, w, **options, interpret=True)
+
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, "gpu", run)
+    monkeypatch.setitem(choice.PLATFORMS, "gpu", ("cpu",))
+    yield calls
+    jax.clear_caches()
+
+
+def by_kernel(x: Any, w: Any) -> Any:
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return quantized_dot_general(x, w, contract, implementation="gpu")
+
+
+def test_vmap_folds_the_batch_into_the_rows(interpreted):
+    x, w = operands("ternary", (6, 33, 70), LAST, jnp.float32)
+    y = jax.vmap(jax.vmap(by_kernel, (0, None)), (1, None), 1)(x.reshape(2, 3, 70), w)
+    check(y.reshape(6, -1), x, w, LAST)
+    assert interpreted == [((3, 2, 70), (1,))]
+
+
+def test_the_backward_pass_goes_by_the_kernel(interpreted):
+    x, w = operands("nf4", (2, 33, 70), LAST, jnp.float32)
+    ct = jnp.asarray(np.random.default_rng(1).normal(size=(2, 33)), jnp.float32)
+    y, pull_back = jax.vjp(partial(by_kernel, w=w), x)
+    check(y, x, w, LAST)
+    check(pull_back(ct)[0], ct, w, FIRST)
+    assert [contract for _, contract in interpreted] == [(1,), (0,)]
+
+
+# ----------------------------------------------------------------------------------- lowering
+
+
+H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+
+
+@pytest.fixture
+def h200():
+    """As if an H200 were here; JAX before 0.11 assumes one."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext
+    mesh = AbstractMesh((), (), abstract_device=H200)
+    return lambda: jax.sharding.use_abstract_mesh(mesh)
+
+
+KERNEL = "__gpu$xla.gpu.triton"
+
+
+def structs(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def large(format: str, dtype: Any, shape: Any = (1024, 2048)) -> Any:
+    w = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return structs(jax.eval_shape(partial(FORMATS[format], dtype=dtype), w))
+
+
+def lower(f: Any, *args: Any, platforms: Any = ("cuda",)) -> str:
+    return jax.jit(f).trace(*args).lower(lowering_platforms=platforms).as_text()
+
+
+@each_format
+@each_orientation
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_lowering_for_cuda(h200, format, axes, dtype):
+    # Lengths that no block divides: masks are lowered, too.
+    w = large(format, dtype, (1000, 2010))
+    x = jax.ShapeDtypeStruct((3, w.shape[axes.w_contract[0]]), dtype)
+    contract = ((axes.x_contract, axes.w_contract), ((), ()))
+    with h200():
+        assert KERNEL in lower(
+            lambda x, w: quantized_dot_general(x, w, contract, implementation="gpu"), x, w
+        )
+
+
+@pytest.mark.parametrize("rows", [16, 17, 200])
+def test_lowering_of_many_rows(h200, rows):
+    x = jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16)
+    with h200():
+        assert KERNEL in lower(jnp_dot, x, large("nf4", jnp.bfloat16))
+
+
+def jnp_dot(x: Any, w: Any) -> Any:
+    return eqq.implicit(lambda x, w: x @ w.T)(x, w)
+
+
+def model() -> Any:
+    """A quantized model, of shapes alone, and its input."""
+    mlp = eqx.filter_eval_shape(
+        lambda: eqq.quantize(
+            eqx.nn.MLP(1024, 1024, 1024, 2, dtype=jnp.bfloat16, key=jax.random.key(0)),
+            eqq.ArrayNF4.quantize,
+        )
+    )
+    return mlp, jax.ShapeDtypeStruct((1024,), jnp.bfloat16)
+
+
+def applied(leaves: Any, x: Any) -> Any:
+    """A function of the arrays of the model alone: the rest is static."""
+    static = eqx.partition(model()[0], lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))[1]
+    return eqq.implicit(eqx.combine(leaves, static))(x)
+
+
+def test_a_whole_model_for_every_platform(h200):
+    mlp, x = model()
+    leaves = eqx.filter(mlp, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    with h200():
+        for_all = lower(applied, leaves, x, platforms=("cpu", "cuda", "tpu"))
+        assert for_all.count(KERNEL) == 3  # one for each layer
+        assert lower(applied, leaves, x).count(KERNEL) == 3
+
+        def loss(leaves: Any, x: Any) -> Any:
+            return jnp.sum(applied(leaves, x).astype(jnp.float32))
+
+        forward_and_backward = lower(jax.grad(loss, argnums=1), leaves, x)
+        assert forward_and_backward.count(KERNEL) in (5, 6)  # the last result is not needed
+    for platform in ("cpu", "tpu"):
+        assert KERNEL not in lower(applied, leaves, x, platforms=(platform,))
+
+
+def test_exported_models_hold_no_kernel_unless_asked(h200):
+    # Triton's programs are not promised to run with later versions: JAX refuses to export them.
+    mlp, x = model()
+    leaves = eqx.filter(mlp, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    platforms = ("cpu", "cuda", "tpu")
+    with h200():
+        exported = jax.export.export(jax.jit(applied), platforms=platforms)(leaves, x)
+        assert KERNEL not in exported.mlir_module()
+        allowed = jax.export.DisabledSafetyCheck.custom_call(KERNEL)
+        with ignore_forward_compatibility():
+            exported = jax.export.export(
+                jax.jit(applied), platforms=platforms, disabled_checks=[allowed]
+            )(leaves, x)
+        assert exported.mlir_module().count(KERNEL) == 3
+
+
+@contextlib.contextmanager
+def ignore_forward_compatibility():
+    jax.config.update("jax_export_ignore_forward_compatibility", True)
+    yield
+    jax.config.update("jax_export_ignore_forward_compatibility", False)
+
+
+def test_what_is_split_over_devices_goes_by_xla(h200):
+    mesh = Mesh(mesh_utils.create_device_mesh((4,), jax.devices()[:4]), ("d",))
+    x, w = jax.ShapeDtypeStruct((4, 2048), jnp.bfloat16), large("nf4", jnp.bfloat16)
+    split = jax.NamedSharding(mesh, PartitionSpec("d"))
+    rows = jax.jit(jnp_dot, in_shardings=(split, None)).trace(x, w)
+    assert KERNEL not in rows.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_shard_map_each_device_has_a_kernel(check_vma):
+    x, w = jax.ShapeDtypeStruct((4, 2048), jnp.bfloat16), large("nf4", jnp.bfloat16)
+    device = None if jax.__version_info__ < (0, 11) else H200
+    mesh = AbstractMesh((4,), ("d",), (AxisType.Auto,), abstract_device=device)
+    specs = (PartitionSpec("d"), jtu.tree_map(lambda _: PartitionSpec(), w))
+    with jax.sharding.use_abstract_mesh(mesh):
+        by_hand = jax.shard_map(
+            jnp_dot, in_specs=specs, out_specs=PartitionSpec("d"), check_vma=check_vma
+        )
+        assert KERNEL in lower(by_hand, x, w)
+
+
+def test_an_unknown_gpu_gets_what_xla_makes():
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("JAX before 0.11 takes every GPU for a Hopper")
+    x, w = jax.ShapeDtypeStruct((4, 2048), jnp.bfloat16), large("nf4", jnp.bfloat16)
+    assert KERNEL not in lower(jnp_dot, x, w)
+    device = AbstractDevice(device_kind="Tesla T4", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        assert KERNEL not in lower(jnp_dot, x, w)
+
+
+# ------------------------------------------------------------------------------------- choice
+
+
+def test_where_it_is_chosen():
+    def chosen(
+        format: str, rows: int, axes: Axes = LAST, dtype: Any = jnp.bfloat16, **how: Any
+    ) -> str:
+        w = large(format, dtype)
+        x = jax.ShapeDtypeStruct((rows, w.shape[axes.w_contract[0]]), dtype)
+        names = []
+        jax.eval_shape(
+            lambda x, w: names.append(choose("cuda", x, w, axes, jnp.float32, **how)), x, w
+        )
+        return names[0]
+
+    assert {chosen("nf4", rows) for rows in (1, 16, 200)} == {"gpu"}
+    assert {chosen(format, 1, axes) for format in ("ternary", "nf4") for axes in (LAST, FIRST)} == {
+        "gpu"
+    }
+    assert chosen("int8 in blocks", 1) == "gpu"
+    assert chosen("int8", 1) == chosen("int8", 1, FIRST) == "fused"  # XLA reads it as it is
+    assert chosen("nf4", 1000) == "fused"
+    assert chosen("nf4", 16, dtype=jnp.float32) == "gpu"
+    assert chosen("nf4", 17, dtype=jnp.float32) == "fused"
+    assert chosen("nf4", 1, plain=True) == "fused"
+    x, w = jnp.ones((1, 8)), eqq.ArrayNF4.quantize(jnp.ones((4, 8)))
+    assert choose("cuda", x, w, LAST, jnp.float32) == "fused"  # small
+
+
+def test_it_is_not_the_default(monkeypatch):
+    monkeypatch.delenv("EQQUANT_GPU_KERNEL")
+    w = large("nf4", jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, w.shape[1]), jnp.bfloat16)
+    found = eqq.audit(lambda x, w: x @ w.T, x, w, platform="cuda")
+    assert [row.kernel for row in found.rows if row.primitive == "dot_general"] == ["fused"]
+
+
+class Nibbles(eqq.AbstractScaledArray):
+    """A format of somebody else's: integers of four bits, from -8."""
+
+    codes: jax.Array
+    scale: Any
+    packing: Any = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
+    block_size: Any = eqx.field(static=True, default=None)
+    via: Any = eqx.field(static=True, default=())
+    payload = "codes"
+
+    def plane(self, i: int, dtype: Any) -> jax.Array:
+        return ((self.codes >> (4 * i)) & 15).astype(dtype) - 8
+
+
+class Sorted(Nibbles):
+    """Its planes are more than arithmetic on one number at a time."""
+
+    def plane(self, i: int, dtype: Any) -> jax.Array:
+        return jnp.sort(super().plane(i, dtype))
+
+
+def nibbles(kind: Any, shape: Any) -> Any:
+    codes = np.random.default_rng(0).integers(0, 256, (shape[0], shape[1] // 2))
+    packing = Packing(-1, shape[1], Tile(8, 4))
+    return kind(jnp.asarray(codes, jnp.uint8), None, packing, jnp.dtype(jnp.float32))
+
+
+@each_orientation
+def test_a_format_of_somebody_elses(axes):
+    w = nibbles(Nibbles, (24, 40))
+    x = jnp.asarray(
+        np.random.default_rng(1).normal(size=(3, w.shape[axes.w_contract[0]])), jnp.float32
+    )
+    assert supports(x, w, axes, jnp.float32)
+    check(gpu(x, w, axes=axes, precision=None, accumulate=jnp.float32, interpret=True), x, w, axes)
+
+
+def test_what_it_does_not_compute():
+    x, w = jnp.ones((2, 8), jnp.float32), eqq.ArrayNF4.quantize(jnp.ones((4, 8)))
+    assert supports(x, w, LAST, jnp.float32)
+    assert not supports(x, w, LAST, jnp.float64)
+    assert not supports(x, w, Axes((0, 1), (0, 1), (), ()), jnp.float32)
+    assert not supports(x, w, Axes((1,), (1,), (0,), (0,)), jnp.float32)
+    assert not supports(x[:0], w, LAST, jnp.float32)
+    assert not supports(
+        x[0], eqq.ArrayNF4.quantize(jnp.ones(8)), Axes((0,), (0,), (), ()), jnp.float32
+    )
+    assert not supports(jnp.ones((2, 8)), nibbles(Sorted, (4, 8)), LAST, jnp.float32)
+
+
+def test_block_sizes_measured_on_a_device_come_first(monkeypatch):
+    case = Case(16, 16, 2, "inputs", True)
+    best = Blocks(16, 64, 16, warps=2)
+    monkeypatch.setattr(blocks, "TUNED", {"NVIDIA H200": {case: best}})
+    assert blocks_for(case, "NVIDIA H200") == best
+    assert blocks_for(case, "NVIDIA A100") == blocks_for(case) != best
+
+
+# ----------------------------------------------------------------------------------- override
+
+
+def test_an_implementation_by_name():
+    x, w = operands("nf4", (2, 33, 70), LAST, jnp.float32)
+    contract = (((1,), (1,)), ((), ()))
+
+    @partial(jax.jit, static_argnums=2)
+    def run(x: Any, w: Any, implementation: Any = None) -> Any:
+        return quantized_dot_general(x, w, contract, implementation=implementation)
+
+    for name in ("reference", "fused", "tiled", None):
+        check(run(x, w, name), x, w, LAST)
+    assert "quantized_dot_general_fused" in run.lower(x, w, "fused").as_text(debug_info=True)
+    ints = eqq.Array8B.quantize(jnp.ones((33, 70)))
+    check(run(x, ints, "integer"), x, ints, LAST)
+    # The backward product is not one of those that it computes.
+    gradient = jax.grad(lambda x: run(x, ints, "integer").sum())(x)
+    np.testing.assert_allclose(gradient, jnp.broadcast_to(33.0, x.shape), rtol=1e-5)
+
+
+def test_an_implementation_that_does_not_serve():
+    x, w = operands("nf4", (2, 33, 70), LAST, jnp.float32)
+    run = partial(quantized_dot_general, x, w, (((1,), (1,)), ((), ())))
+    with pytest.raises(
+        ValueError, match="implementation must be 'reference', 'fused'.*'gpu'; it is 'quick'"
+    ):
+        run(implementation="quick")
+    with pytest.raises(ValueError, match=r"'integer' does not compute .*ArrayNF4 .*'gpu' would"):
+        run(implementation="integer")
+    stack = eqq.Array8B.quantize(jnp.ones((2, 33, 70)))  # vmap adds an axis
+    by_integers = partial(run.func, dimension_numbers=run.args[2], implementation="integer")
+    with pytest.raises(ValueError, match=r"'integer' does not compute .*\[2, 33, 70\]"):
+        jax.vmap(by_integers)(jnp.stack([x, x]), stack)
+    with pytest.raises(ValueError, match="'gpu' runs on cuda, but not in a program for cpu"):
+        run(implementation="gpu")
+
+
+def test_the_audit_names_the_kernel():
+    linear = eqq.quantize(eqx.nn.Linear(1024, 1024, key=jax.random.key(0)), eqq.ArrayNF4.quantize)
+    x = jnp.ones(1024)
+    for platform, kernel in ((None, "tiled"), ("cpu", "tiled"), ("cuda", "gpu"), ("tpu", "fused")):
+        found = eqq.audit(linear, x, platform=platform)
+        assert [row.kernel for row in found.rows] == [kernel]
+        assert kernel in str(found)
+    found = eqq.audit(lambda x: linear.weight.T, x)
+    assert [row.kernel for row in found.rows] == [""]
