@@ -102,6 +102,8 @@ FORMATS = {
     "binary": partial(eqq.Array1B.quantize, levels="binary"),
     "rsr binary": eqq.RSROperatorBinary.quantize,
     "rsr ternary": eqq.RSROperatorTernary.quantize,
+    "nf4 column-major": lambda w: eqq.column_major(eqq.ArrayNF4.quantize(w)),
+    "ternary column-major": lambda w: eqq.column_major(eqq.Array1B.quantize(w)),
 }
 
 
@@ -120,6 +122,17 @@ def test_products_of_every_format(name, product, rows):
     )
     assert forward < allowed
     assert back < allowed
+
+
+@pytest.mark.parametrize("how", [eqq.Array8B.quantize, eqq.ArrayNF4.quantize])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_products_of_bfloat16_need_less_than_a_tenth_of_the_dense_weight(how, rows):
+    size = 4096
+    w = jax.eval_shape(partial(how, dtype=jnp.bfloat16), array(size, size))
+    x = array(rows, size, dtype=jnp.bfloat16)
+    forward, back = both_passes(PRODUCTS["x @ w.T"][0], w, x)
+    assert forward < size * size * 2 / 10 + 4 * nbytes(x)  # the inputs taken apart, sums in float32
+    assert back < size * size * 2 / 10 + 4 * nbytes(x)
 
 
 @each_layout
