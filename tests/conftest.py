@@ -46,9 +46,14 @@ def _free_compiled_programs():
 
 
 @pytest.fixture(scope="module")
-def compiled_quickly():
-    """For modules whose programs are many and small: what they test does not depend on how well LLVM
-    optimizes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+def fully_optimized():
+    """For modules that test what XLA makes of a program: its memory, its kernels, its accuracy.
+
+    Elsewhere programs are many and small, and most of the time would go into optimizing them.
+    """
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+jax.config.update("jax_disable_most_optimizations", True)

@@ -10,6 +10,9 @@ import pytest
 import eqquant as eqq
 
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")
+
+
 pytest.importorskip("rich", reason="the example needs eqquant[examples]")
 pytest.importorskip("safetensors", reason="the example needs eqquant[examples]")
 pytest.importorskip("tokenizers", reason="the example needs eqquant[examples]")

@@ -12,6 +12,9 @@ import pytest
 import eqquant as eqq
 
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")
+
+
 for needed in ("matplotlib", "optax", "rich", "sklearn"):
     pytest.importorskip(needed, reason="the example needs eqquant[examples]")
 

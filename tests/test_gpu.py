@@ -23,9 +23,6 @@ from eqquant.kernels.matmul.reference import Axes
 from eqquant.tiles import Packing, Tile
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 @pytest.fixture(autouse=True)
 def kernel_by_default(monkeypatch):
     monkeypatch.setenv("EQQUANT_GPU_KERNEL", "1")

@@ -14,6 +14,9 @@ from eqquant.kernels.matmul.integer import supports
 from eqquant.kernels.matmul.reference import Axes
 
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")
+
+
 INTEGERS = {
     "int8": eqq.Array8B.quantize,
     "ternary": eqq.Array1B.quantize,

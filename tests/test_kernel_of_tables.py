@@ -15,6 +15,9 @@ from eqquant.kernels.matmul.reference import Axes
 from eqquant.kernels.matmul.tables import supports
 
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")
+
+
 PACKED = {
     "ternary": partial(eqq.Array1B.quantize, axis=0),
     "binary": partial(eqq.Array1B.quantize, axis=0, levels="binary"),

@@ -23,6 +23,9 @@ from eqquant.kernels.matmul.reference import Axes
 from eqquant.testing import arrays, DTYPES, FORMATS, generator
 
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")
+
+
 tiling = importlib.import_module("eqquant.kernels.matmul.tiled")
 choice = importlib.import_module("eqquant.kernels.matmul.cpu")
 

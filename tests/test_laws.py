@@ -9,9 +9,6 @@ from eqquant import _compat, _dispatch, testing
 from eqquant.testing import DENSE_PROGRAMS, FORMATS, LAWS, MODES, NO_QUANTIZED_OPERAND
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("law", LAWS)
 def test_eager(law: str, format: str) -> None:

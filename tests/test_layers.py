@@ -21,7 +21,6 @@ import pytest
 import eqquant as eqq
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 nn = eqx.nn
 
 

@@ -17,8 +17,6 @@ import eqquant as eqq
 from eqquant import lora, testing
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 BASES = {
     "dense": lambda w: w,
     "int8": eqq.Array8B.quantize,

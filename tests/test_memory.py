@@ -18,6 +18,9 @@ from jax import lax
 import eqquant as eqq
 
 
+pytestmark = pytest.mark.usefixtures("fully_optimized")
+
+
 KIB, MIB = 2**10, 2**20
 
 LAYOUTS = {

@@ -21,9 +21,6 @@ from programs import jit_argument, layer, LAYERS, Program, PROGRAMS, SIZE
 import eqquant as eqq
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 def _values(key: int, *shape: int) -> jax.Array:
     """Row sums of matrices are below 1, so that no program makes anything larger than `x`."""
     return jr.uniform(jr.key(key), shape, minval=-1) / (SIZE if len(shape) > 1 else 1)
