@@ -14,6 +14,14 @@ from eqquant.kernels.matmul.integer import rounded_rows
 
 
 W8A8 = partial(eqq.Array8B.quantize, activations="int8")
+FORMATS = {
+    "int8": eqq.Array8B.quantize,
+    "int8, one scale for a column": partial(eqq.Array8B.quantize, axis=0),
+    "int8 in blocks": partial(eqq.Array8B.quantize, block_size=16),
+    "ternary": eqq.Array1B.quantize,
+    "ternary, one scale for a column": partial(eqq.Array1B.quantize, axis=0),
+    "binary in blocks": partial(eqq.Array1B.quantize, levels="binary", block_size=16),
+}
 
 
 def normal(*shape, seed=0):
@@ -38,12 +46,12 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"axis": 0}, {"block_size": 16}], ids=str)
+@pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products_are_those_of_rounded_activations(name, options):
+def test_products_are_those_of_rounded_activations(name, how):
     run, shape, axis = PRODUCTS[name]
     x, dense = normal(*shape), normal(24, 40, seed=1)
-    w = W8A8(dense, **options)
+    w = FORMATS[how](dense, activations="int8")
     with eqq.strict():
         got = jax.jit(eqq.implicit(run))(x, w)
     want = (
@@ -53,22 +61,32 @@ def test_products_are_those_of_rounded_activations(name, options):
     )
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     # Rounding does something.
-    plain = eqq.implicit(run)(x, eqq.Array8B.quantize(dense, **options))
+    plain = eqq.implicit(run)(x, FORMATS[how](dense))
     error = np.abs(np.asarray(got - plain)).max() / np.abs(np.asarray(plain)).max()
     assert 1e-4 < error < 2e-2
 
 
-def test_it_is_never_silent():
-    assert eqq.Array8B.quantize(normal(4, 4)).activations == "float"
-    assert W8A8(normal(4, 4)).activations == "int8"
+@pytest.mark.parametrize("how", FORMATS)
+def test_it_is_never_silent(how):
+    assert FORMATS[how](normal(4, 4)).activations == "float"
+    assert FORMATS[how](normal(4, 4), activations="int8").activations == "int8"
 
 
-def test_structural_rules_keep_it():
-    w = W8A8(normal(6, 4, 8))
+def test_column_by_column_it_is_the_same():
+    x, w = normal(1, 40), eqq.Array1B.quantize(normal(3000, 40, seed=1), activations="int8")
+    product = jax.jit(eqq.implicit(lambda x, w: x @ w.T))
+    columns = eqq.column_major(w)
+    assert "_tables" in product.lower(x, columns).as_text(debug_info=True)
+    np.testing.assert_allclose(product(x, columns), product(x, w), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["int8", "ternary"])
+def test_structural_rules_keep_it(how):
+    w = FORMATS[how](normal(6, 4, 10), activations="int8")
     for moved in (
         w[0],
         w.T,
-        w.reshape(24, 8),
+        w.reshape(24, 10),
         -w,
         w.astype(jnp.bfloat16),
         jax.vmap(lambda w: w)(w),
@@ -134,9 +152,11 @@ def test_export_for_every_platform():
     np.testing.assert_allclose(exported.call(w.scale, w.weight, x), run(w.scale, w.weight, x))
 
 
+@pytest.mark.parametrize("how", ["int8", "ternary"])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_memory(rows):
-    w = jax.eval_shape(W8A8, jax.ShapeDtypeStruct((1024, 1024), jnp.float32))
+def test_memory(how, rows):
+    how = partial(FORMATS[how], activations="int8")
+    w = jax.eval_shape(how, jax.ShapeDtypeStruct((1024, 1024), jnp.float32))
     x = jax.ShapeDtypeStruct((rows, 1024), jnp.float32)
     compiled = jax.jit(eqq.implicit(lambda x, w: x @ w.T)).lower(x, w).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1024 * 1024 * 4 / 10

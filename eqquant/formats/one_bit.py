@@ -80,6 +80,8 @@ class Array1B(AbstractScaledArray):
     """The dtype of the logical array."""
     via: tuple[np.dtype, ...] = eqx.field(static=True)
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
+    activations: Literal["float", "int8"] = eqx.field(static=True)  # pyright: ignore
+    """`"int8"` if what this is multiplied with is rounded to 8 bits."""
 
     payload: ClassVar[str] = "weight"
     integers: ClassVar[bool] = True
@@ -95,6 +97,7 @@ class Array1B(AbstractScaledArray):
         packing: Packing | Literal["last"] | None = "last",
         block_size: int | None = None,
         via: tuple[np.dtype, ...] = (),
+        activations: Literal["float", "int8"] = "float",
     ):
         """Builds an array from codes and scales that exist already.
 
@@ -107,15 +110,18 @@ class Array1B(AbstractScaledArray):
         - `levels`: `"ternary"` or `"binary"`.
         - `packing`: by default the last axis is packed; None if none is.
         - `block_size`: needed where an axis has several scales but not one each.
+        - `activations`: as for [`quantize`][eqquant.Array1B.quantize].
 
         **Raises:** `ValueError` if the leaves do not fit each other or the other arguments.
         """
         check_choice("Array1B(levels=...)", levels, tuple(_PER_BYTE))
+        check_choice("Array1B(activations=...)", activations, ("float", "int8"))
         if packing == "last":
             length = _PER_BYTE[levels] * weight.shape[-1] if shape is None else shape[-1]
             packing = Packing(-1, length, Tile(_PER_BYTE[levels]))
         self.weight, self.scale, self.packing = weight, scale, packing
         self.levels, self.block_size, self.via = levels, block_size, via
+        self.activations = activations
         dtype = jnp.float32 if dtype is None else dtype
         self.dtype = check_dtype("Array1B(dtype=...)", dtype, integers=True)
         if shape is not None and tuple(shape) != self.shape:
@@ -143,6 +149,7 @@ class Array1B(AbstractScaledArray):
         levels: Levels = "ternary",
         scale: Literal["absmean", "least_squares"] = "absmean",
         block_size: int | None = None,
+        activations: Literal["float", "int8"] = "float",
     ) -> "Array1B":
         """Quantizes an array.
 
@@ -158,6 +165,8 @@ class Array1B(AbstractScaledArray):
             `"least_squares"`, 1.4 dB better on normally distributed weights.
         - `block_size`: if given, only every `block_size` consecutive elements along `axis`
             (one axis then) share a scale; the last block may be partial.
+        - `activations`: with `"int8"`, a product rounds the other operand to 8 bits, as BitNet was trained
+            (W1.58A8): as for [`Array8B`][eqquant.Array8B.quantize].
 
         **Returns:** an `Array1B` of the shape of `array`. All-zero groups give exact zeros. An array that
         is sharded gives leaves that are sharded likewise.
@@ -179,6 +188,7 @@ class Array1B(AbstractScaledArray):
         """
         check_choice("Array1B.quantize(levels=...)", levels, tuple(_PER_BYTE))
         check_choice("Array1B.quantize(scale=...)", scale, ("absmean", "least_squares"))
+        check_choice("Array1B.quantize(activations=...)", activations, ("float", "int8"))
         exact = hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.integer)
         if exact:
             array = check_integers("Array1B.quantize", array, _ALLOWED[levels])
@@ -203,7 +213,13 @@ class Array1B(AbstractScaledArray):
         if scales is not None:
             check_finite("Array1B.quantize", array, scales)
         out = cls(
-            weight, scales, packing=packing, levels=levels, block_size=block_size, dtype=dtype
+            weight,
+            scales,
+            packing=packing,
+            levels=levels,
+            block_size=block_size,
+            dtype=dtype,
+            activations=activations,
         )
         return inherit_sharding(out, array)
 
