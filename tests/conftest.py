@@ -1,6 +1,7 @@
 """Set-up of the whole suite: checked types, eight virtual devices, hypothesis profiles."""
 
 import os
+from typing import Any
 
 
 # Before JAX is imported: sharding is tested on eight virtual devices of the CPU.
@@ -14,6 +15,7 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+from jax._src import compiler
 
 
 jaxtyping.install_import_hook("eqquant", "beartype.beartype")
@@ -45,15 +47,31 @@ def _free_compiled_programs():
     jax.clear_caches()
 
 
+def _optimize(fully: bool) -> None:
+    jax.config.update("jax_disable_most_optimizations", not fully)
+    if jax.__version_info__ < (0, 11):
+        # The code generator takes three quarters of the time of compiling a small program there.
+        compiler.get_compile_options = _compile_options if fully else _with_older_code_generator
+
+
+_compile_options = compiler.get_compile_options
+
+
+def _with_older_code_generator(*args: Any, **params: Any) -> Any:
+    options = _compile_options(*args, **params)
+    options.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
+    return options
+
+
 @pytest.fixture(scope="module")
 def fully_optimized():
     """For modules that test what XLA makes of a program: its memory, its kernels, its accuracy.
 
     Elsewhere programs are many and small, and most of the time would go into optimizing them.
     """
-    jax.config.update("jax_disable_most_optimizations", False)
+    _optimize(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    _optimize(False)
 
 
-jax.config.update("jax_disable_most_optimizations", True)
+_optimize(False)
