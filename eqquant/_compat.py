@@ -48,6 +48,7 @@ __all__ = [
     "is_specified_sharding",
     "is_unset",
     "logical_aval",
+    "looks_up_rows",
     "mlir",
     "open_jaxpr",
     "optimization_barrier",
@@ -220,7 +221,7 @@ def takes_triton(ctx: Any) -> bool:
             get_gpu_info,
         )
     except ImportError:  # before 0.11, which takes no GPU for a Hopper
-        here = _gpus()
+        here = _local_devices("cuda")
         return not here or float(here[0].compute_capability) >= 8
     try:
         return get_gpu_info().compute_capability >= 80
@@ -230,13 +231,22 @@ def takes_triton(ctx: Any) -> bool:
 
 def gpu_kind() -> str | None:
     """The kind of the GPUs that are here; None if there are none."""
-    here = _gpus()
+    here = _local_devices("cuda")
     return here[0].device_kind if here else None
 
 
-def _gpus() -> Sequence[Any]:
+def looks_up_rows() -> bool:
+    """Whether the TPUs that are here can look numbers up in the rows of a register: not before the fifth
+    generation. True if there are none."""
+    return not any(
+        device.device_kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+        for device in _local_devices("tpu")
+    )
+
+
+def _local_devices(backend: str) -> Sequence[Any]:
     try:
-        return jax.local_devices(backend="cuda")
+        return jax.local_devices(backend=backend)
     except RuntimeError:
         return ()
 

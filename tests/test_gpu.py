@@ -465,10 +465,12 @@ def test_an_implementation_that_does_not_serve():
     x, w = operands("nf4", (2, 33, 70), LAST, jnp.float32)
     run = partial(quantized_dot_general, x, w, (((1,), (1,)), ((), ())))
     with pytest.raises(
-        ValueError, match="implementation must be 'reference', 'fused'.*'gpu'; it is 'quick'"
+        ValueError, match="implementation must be 'reference', 'fused'.*'gpu', 'tpu'; it is 'quick'"
     ):
         run(implementation="quick")
-    with pytest.raises(ValueError, match=r"'integer' does not compute .*ArrayNF4 .*'gpu' would"):
+    with pytest.raises(
+        ValueError, match=r"'integer' does not compute .*ArrayNF4 .*'gpu', 'tpu' would"
+    ):
         run(implementation="integer")
     stack = eqq.Array8B.quantize(jnp.ones((2, 33, 70)))  # vmap adds an axis
     by_integers = partial(run.func, dimension_numbers=run.args[2], implementation="integer")

@@ -45,8 +45,8 @@ def quantized_dot_general(
         summed up together share a scale, the largest magnitude over 127.
     - `w`: the quantized operand; all others as in `jax.lax.dot_general`.
     - `implementation`: by default the one that serves best where the program runs. One of them by name,
-        `"reference"`, `"fused"`, `"tiled"`, `"integer"`, `"tables"` or `"gpu"`, also computes the
-        derivative in `x`, where it can.
+        `"reference"`, `"fused"`, `"tiled"`, `"integer"`, `"tables"`, `"gpu"` or `"tpu"`, also computes
+        the derivative in `x`, where it can.
 
     **Returns:** an array of the shape and dtype that `jax.lax.dot_general` gives. Sums are
     accumulated in float32 (float64 if an operand is).
@@ -180,6 +180,8 @@ def _lower_for(platform: str | None) -> Any:
         plain = _compat.is_partitioned(ctx)
         if platform == "cuda":
             plain = plain or not _compat.takes_triton(ctx)
+        if platform == "tpu":
+            plain = plain or not _compat.looks_up_rows()
         if implementation is not None:
             check_lowering(implementation, platform, plain)
         run = partial(_compute, implementation=implementation, platform=platform, plain=plain)
@@ -190,7 +192,7 @@ def _lower_for(platform: str | None) -> Any:
 
 
 mlir.register_lowering(quantized_dot_general_p, _lower_for(None))
-for _platform in ("cpu", "cuda"):
+for _platform in ("cpu", "cuda", "tpu"):
     mlir.register_lowering(quantized_dot_general_p, _lower_for(_platform), platform=_platform)
 
 

@@ -7,3 +7,4 @@ from .integer import integer as integer
 from .reference import reference as reference
 from .tables import tables as tables
 from .tiled import tiled as tiled
+from .tpu import tpu as tpu

@@ -14,6 +14,7 @@ from .integer import DIGITS, integer, supports as supports_integer
 from .reference import Axes, reference
 from .tables import supports as supports_tables, tables
 from .tiled import tiled
+from .tpu import pays as pays_on_tpu, supports as supports_tpu, tpu
 
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
@@ -23,11 +24,17 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
     "integer": integer,
     "tables": tables,
     "gpu": gpu,
+    "tpu": tpu,
 }
-SUPPORTS = {"integer": supports_integer, "tables": supports_tables, "gpu": supports_gpu}
-PLATFORMS = {"gpu": ("cuda", "gpu")}
-GPU_KERNEL = "EQQUANT_GPU_KERNEL"
-"""The environment variable that makes the kernel for GPUs the default there. It has not run on one yet."""
+SUPPORTS = {
+    "integer": supports_integer,
+    "tables": supports_tables,
+    "gpu": supports_gpu,
+    "tpu": supports_tpu,
+}
+PLATFORMS = {"gpu": ("cuda", "gpu"), "tpu": ("tpu",)}
+GPU_KERNEL, TPU_KERNEL = "EQQUANT_GPU_KERNEL", "EQQUANT_TPU_KERNEL"
+"""The environment variables that make a kernel the default where it runs. Neither has run on a device yet."""
 
 
 def choose(
@@ -40,7 +47,7 @@ def choose(
     digits: int = DIGITS,
     plain: bool = False,
 ) -> str:
-    """The name of the implementation that serves best: on `"cpu"`, on `"cuda"`, or on any other platform.
+    """The name of the implementation that serves best: on `"cpu"`, `"cuda"`, `"tpu"`, or on any other platform.
 
     With `plain`, one of operations that XLA can split over devices and that run on every device.
     """
@@ -53,6 +60,10 @@ def choose(
     if platform in PLATFORMS["gpu"] and os.environ.get(GPU_KERNEL) == "1":
         return (
             "gpu" if supports_gpu(x, w, axes, accumulate) and pays_on_gpu(x, w, axes) else "fused"
+        )
+    if platform in PLATFORMS["tpu"] and os.environ.get(TPU_KERNEL) == "1":
+        return (
+            "tpu" if supports_tpu(x, w, axes, accumulate) and pays_on_tpu(x, w, axes) else "fused"
         )
     return "fused"
 
@@ -79,7 +90,7 @@ def check_lowering(name: str, platform: str | None, plain: bool) -> None:
     if name in PLATFORMS and (plain or platform not in PLATFORMS[name]):
         where = f"a program for {platform or 'another platform'}"
         if platform in PLATFORMS[name]:
-            where = "one that is partitioned over devices, or exported without custom calls"
+            where = "one that is partitioned over devices, exported without custom calls, or for an older device"
         raise ValueError(
             f"implementation={name!r} runs on {PLATFORMS[name][0]}, but not in {where}."
         )
