@@ -1,0 +1,289 @@
+"""The kernel for TPUs: interpreted against float64, lowered, chosen where it serves. And what goes by XLA's own
+form, which is everything else."""
+
+import importlib
+import math
+import re
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import mesh_utils
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+import eqquant as eqq
+from eqquant.kernels import quantized_dot_general
+from eqquant.kernels.matmul import choose, tpu
+from eqquant.kernels.matmul.reference import Axes
+from eqquant.kernels.matmul.tpu import supports
+
+
+choice = importlib.import_module("eqquant.kernels.matmul.choice")
+
+FORMATS = {
+    "nf4": eqq.ArrayNF4.quantize,
+    "nf4 double": partial(eqq.ArrayNF4.quantize, double=True),
+    "int8": eqq.Array8B.quantize,
+    "int8 in blocks": partial(eqq.Array8B.quantize, block_size=32),
+    "ternary": eqq.Array1B.quantize,
+    "binary": partial(eqq.Array1B.quantize, levels="binary"),
+    "rsr ternary": eqq.RSROperatorTernary.quantize,
+    "nf4 by columns": lambda w, **how: eqq.column_major(eqq.ArrayNF4.quantize(w, **how)),
+}
+LAST, FIRST = Axes((1,), (1,), (), ()), Axes((1,), (0,), (), ())
+KERNEL = "tpu_custom_call"
+
+
+@pytest.fixture
+def kernel_by_default(monkeypatch):
+    monkeypatch.setenv("EQQUANT_TPU_KERNEL", "1")
+
+
+def nf4(shape: Any, axis: int, block_size: int = 64, dtype: Any = jnp.bfloat16, **how: Any) -> Any:
+    w = jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+    return eqq.ArrayNF4.quantize(w, block_size, axis, dtype=dtype, **how)
+
+
+def inputs(rows: int, w: Any, axes: Axes) -> jax.Array:
+    shape = rows, w.shape[axes.w_contract[0]]
+    return jnp.asarray(np.random.default_rng(rows).normal(size=shape), w.dtype)
+
+
+def check(y: Any, x: Any, w: Any, axes: Axes) -> None:
+    """Each weight may be rounded to its dtype, and each term of the sum to float32."""
+    x64, w64 = np.asarray(x, np.float64), np.asarray(w.materialize(), np.float64)
+    w64 = w64.T if axes == LAST else w64
+    eps = (w64.shape[0] + 4) * np.finfo(np.float32).eps
+    if x.dtype != jnp.float32:
+        eps += float(jnp.finfo(x.dtype).eps)
+    assert (
+        np.abs(np.asarray(y, np.float64) - x64 @ w64) <= eps * (np.abs(x64) @ np.abs(w64))
+    ).all()
+
+
+# ------------------------------------------------------------------------------------- values
+
+# rows, the shape of the weight, the summed axis, block size, dtype, and whether the interpreter looks for races.
+CASES = {
+    "several steps": (3, (5, 560), LAST, 64, jnp.float32, True),
+    "several blocks of outputs": (1, (520, 70), LAST, 16, jnp.bfloat16, False),
+    "a block of several steps": (2, (5, 2100), LAST, 1024, jnp.bfloat16, False),
+    "many rows, one block": (300, (8, 256), LAST, 256, jnp.bfloat16, False),
+    "by columns, several steps": (3, (560, 5), FIRST, 64, jnp.bfloat16, True),
+    "by columns, large blocks": (2, (1030, 520), FIRST, 512, jnp.float32, False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(name, monkeypatch, capfd):
+    kernel = importlib.import_module("eqquant.kernels.matmul.tpu.kernel")
+    monkeypatch.setattr(kernel, "STEP", 256)  # so that small weights take several
+    rows, shape, axes, block_size, dtype, closely = CASES[name]
+    w = nf4(shape, axes.w_contract[0], block_size, dtype)
+    x = inputs(rows, w, axes)
+    assert supports(x, w, axes, jnp.float32)
+    how = closely and pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    y = tpu(x, w, axes=axes, precision=None, accumulate=jnp.float32, interpret=how or True)
+    assert y.dtype == jnp.float32
+    check(y, x, w, axes)
+    assert "RACE" not in "".join(capfd.readouterr()).upper()
+
+
+def test_an_output_that_is_not_finite_stays_where_it_is():
+    w = nf4((40, 128), 1)
+    w = eqx.tree_at(lambda w: w.absmax, w, w.absmax.at[7, 1].set(jnp.nan))
+    y = tpu(
+        inputs(2, w, LAST), w, axes=LAST, precision=None, accumulate=jnp.float32, interpret=True
+    )
+    assert (np.isnan(np.asarray(y)) == (np.arange(40) == 7)).all()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """On CPU, `implementation="tpu"` runs the kernel by interpretation."""
+    calls = []
+
+    def run(x: Any, w: Any, **options: Any) -> Any:
+        calls.append((x.shape, options["axes"].w_contract))
+        return tpu(x, w, **options, interpret=True)
+
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, "tpu", run)
+    monkeypatch.setitem(choice.PLATFORMS, "tpu", ("cpu",))
+    yield calls
+    jax.clear_caches()
+
+
+def by_kernel(x: Any, w: Any, axis: int = 1) -> Any:
+    contract = (((x.ndim - 1,), (axis,)), ((), ()))
+    return quantized_dot_general(x, w, contract, implementation="tpu")
+
+
+def test_vmap_and_derivatives(interpreted):
+    w = nf4((33, 70), 1, dtype=jnp.float32, double=True)
+    x = inputs(6, w, LAST)
+    y, pull_back = jax.vjp(jax.vmap(partial(by_kernel, w=w)), x.reshape(2, 3, 70))
+    check(y.reshape(6, -1), x, w, LAST)
+    assert interpreted == [((2, 3, 70), (1,))]
+    # The backward product goes along the other axis, and so by what is the default.
+    ct = jnp.asarray(np.random.default_rng(1).normal(size=(6, 33)), jnp.float32)
+    check(pull_back(ct.reshape(2, 3, 33))[0].reshape(6, -1), ct, w, FIRST)
+    assert len(interpreted) == 1
+
+
+# ----------------------------------------------------------------------------------- lowering
+
+
+def structs(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def large(dtype: Any = jnp.bfloat16, shape: Any = (1024, 2048), **how: Any) -> Any:
+    w = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return structs(jax.eval_shape(partial(eqq.ArrayNF4.quantize, dtype=dtype, **how), w))
+
+
+def lower(f: Any, *args: Any, platforms: Any = ("tpu",)) -> str:
+    return jax.jit(f).trace(*args).lower(lowering_platforms=platforms).as_text()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_lowering(axis, dtype):
+    # Lengths that no block divides.
+    w = large(dtype, (1000, 2010), axis=axis)
+    x = jax.ShapeDtypeStruct((300, w.shape[axis]), dtype)
+    assert lower(partial(by_kernel, axis=axis), x, w).count(KERNEL) == 1
+
+
+def model(format: str) -> Any:
+    """A quantized model, of shapes alone, as its arrays and a function of these and its input."""
+    mlp = eqx.filter_eval_shape(
+        lambda: eqq.quantize(
+            eqx.nn.MLP(1024, 1024, 1024, 2, dtype=jnp.bfloat16, key=jax.random.key(0)),
+            FORMATS[format],
+        )
+    )
+    leaves, static = eqx.partition(mlp, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+
+    def applied(leaves: Any, x: Any) -> Any:
+        return eqq.implicit(eqx.combine(leaves, static))(x)
+
+    return leaves, applied
+
+
+VECTOR = jax.ShapeDtypeStruct((1024,), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_whole_model_by_xla(format):
+    leaves, applied = model(format)
+    text = lower(applied, leaves, VECTOR)
+    assert "custom_call" not in text
+    # Nothing has as many elements as a weight, except where each one is stored by itself.
+    shapes = re.findall(r"tensor<([\dx]+)x[a-z]\w+>", text)
+    most = max(math.prod(map(int, shape.split("x"))) for shape in shapes)
+    stored = max(leaf.size for leaf in jax.tree.leaves(leaves))
+    assert most == stored and (stored < 1 << 20 or format.startswith("int8"))
+    exported = jax.export.export(jax.jit(applied), platforms=("cpu", "cuda", "tpu"))
+    assert "custom_call" not in exported(leaves, VECTOR).mlir_module()
+
+
+@pytest.mark.parametrize("format", ["nf4", "nf4 by columns"])
+def test_a_whole_model_by_the_kernel(kernel_by_default, format):
+    leaves, applied = model(format)
+    export = partial(jax.export.export, jax.jit(applied))
+    for platforms in (("tpu",), ("cpu", "cuda", "tpu")):
+        assert lower(applied, leaves, VECTOR, platforms=platforms).count(KERNEL) == 3  # layers
+        exported = export(platforms=platforms)(leaves, VECTOR)
+        assert exported.mlir_module().count(KERNEL) == 3
+    assert KERNEL not in lower(applied, leaves, VECTOR, platforms=("cpu", "cuda"))
+
+
+def dot(x: Any, w: Any) -> Any:
+    return eqq.implicit(lambda x, w: x @ w.T)(x, w)
+
+
+def test_older_tpus_get_what_xla_makes(kernel_by_default, monkeypatch):
+    older = type("Device", (), {"device_kind": "TPU v4"})
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [older])
+    assert KERNEL not in lower(dot, jax.ShapeDtypeStruct((1, 2048), jnp.bfloat16), large())
+
+
+def test_what_is_split_over_devices_goes_by_xla(kernel_by_default):
+    mesh = Mesh(mesh_utils.create_device_mesh((4,), jax.devices()[:4]), ("d",))
+    x, w = jax.ShapeDtypeStruct((4, 2048), jnp.bfloat16), large()
+    split = jax.NamedSharding(mesh, PartitionSpec("d"))
+    rows = jax.jit(dot, in_shardings=(split, None)).trace(x, w)
+    assert KERNEL not in rows.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_shard_map_each_device_has_a_kernel(kernel_by_default, check_vma):
+    x, w = jax.ShapeDtypeStruct((4, 2048), jnp.bfloat16), large()
+    mesh = AbstractMesh((4,), ("d",), (AxisType.Auto,))
+    specs = (PartitionSpec("d"), jax.tree.map(lambda _: PartitionSpec(), w))
+    with jax.sharding.use_abstract_mesh(mesh):
+        by_hand = jax.shard_map(
+            dot, in_specs=specs, out_specs=PartitionSpec("d"), check_vma=check_vma
+        )
+        assert KERNEL in lower(by_hand, x, w)
+
+
+# ------------------------------------------------------------------------------------- choice
+
+
+def test_where_it_is_chosen(kernel_by_default):
+    def chosen(w: Any, rows: int = 1, axes: Axes = LAST, platform: str = "tpu", **how: Any) -> str:
+        x = jax.ShapeDtypeStruct((rows, w.shape[axes.w_contract[0]]), w.dtype)
+        names = []
+        jax.eval_shape(
+            lambda x, w: names.append(choose(platform, x, w, axes, jnp.float32, **how)), x, w
+        )
+        return names[0]
+
+    assert chosen(large()) == chosen(large(), 256) == chosen(large(jnp.float32)) == "tpu"
+    assert chosen(large(axis=0), axes=FIRST) == "tpu"
+    assert chosen(large(), 257) == chosen(large(), plain=True) == "fused"
+    assert chosen(large(), axes=FIRST) == chosen(large(shape=(64, 64))) == "fused"
+    assert chosen(large(), platform="cuda") == "fused"
+
+
+def test_it_is_not_the_default():
+    x = jax.ShapeDtypeStruct((1, 2048), jnp.bfloat16)
+    found = eqq.audit(dot, x, large(), platform="tpu")
+    assert [row.kernel for row in found.rows if row.primitive == "dot_general"] == ["fused"]
+
+
+def test_the_audit_names_it(kernel_by_default):
+    x = jax.ShapeDtypeStruct((1, 2048), jnp.bfloat16)
+    found = eqq.audit(dot, x, large(), platform="tpu")
+    assert [row.kernel for row in found.rows if row.primitive == "dot_general"] == ["tpu"]
+
+
+def test_what_it_does_not_compute():
+    w = nf4((4, 128), 1)
+    x = inputs(2, w, LAST)
+    assert supports(x, w, LAST, jnp.float32)
+    assert not supports(x, w, LAST, jnp.float64)
+    assert not supports(x.astype(jnp.float16), w, LAST, jnp.float32)
+    assert not supports(x[:0], w, LAST, jnp.float32)
+    assert not supports(x, w, Axes((0, 1), (0, 1), (), ()), jnp.float32)
+    assert not supports(x[:, :4], w, FIRST, jnp.float32)  # packed along the outputs
+    assert not supports(x, nf4((4, 128), 1, 8), LAST, jnp.float32)  # four bytes for a scale
+    assert not supports(x, nf4((4, 128), 1, 48), LAST, jnp.float32)
+    assert not supports(x, nf4((128, 4), 0, 32), FIRST, jnp.float32)
+    assert not supports(x, eqq.Array8B.quantize(jnp.ones((4, 128))), LAST, jnp.float32)
+
+
+def test_asked_for_where_it_does_not_run():
+    w = nf4((4, 128), 1)
+    with pytest.raises(ValueError, match="'tpu' runs on tpu, but not in a program for cpu"):
+        by_kernel(inputs(2, w, LAST), w)
+    ternary = eqq.Array1B.quantize(jnp.ones((4, 128)))
+    with pytest.raises(ValueError, match="'tpu' does not compute .*Array1B"):
+        by_kernel(jnp.ones((2, 128)), ternary)
