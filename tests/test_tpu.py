@@ -158,6 +158,8 @@ def test_lowering(axis, dtype):
     w = large(dtype, (1000, 2010), axis=axis)
     x = jax.ShapeDtypeStruct((300, w.shape[axis]), dtype)
     assert lower(partial(by_kernel, axis=axis), x, w).count(KERNEL) == 1
+    with jax.enable_x64(True):
+        assert lower(partial(by_kernel, axis=axis), x, w).count(KERNEL) == 1
 
 
 def model(format: str) -> Any:

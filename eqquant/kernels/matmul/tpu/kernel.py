@@ -135,27 +135,28 @@ def product(
     else:
         of_payload = pl.BlockSpec((step, width), lambda m, n, k: (k, n))
     blocks = -(-outputs // width)
-    y = pl.pallas_call(
-        body,
-        grid=(-(-rows // height), blocks, steps),
-        in_specs=[
-            pl.BlockSpec(table.shape, lambda m, n, k: (0, 0)),
-            pl.BlockSpec((height, 2 * step), lambda m, n, k: (m, k)),
-            of_payload,
-            pl.BlockSpec(
-                (1, GROUPS, 1, per_step, LANES),
-                lambda m, n, k: (n, 0, lax.div(k, np.int32(held)), 0, 0),
+    with jax.enable_x64(False):  # Pallas for TPU does not count in 64 bits
+        y = pl.pallas_call(
+            body,
+            grid=(-(-rows // height), blocks, steps),
+            in_specs=[
+                pl.BlockSpec(table.shape, lambda m, n, k: (0, 0)),
+                pl.BlockSpec((height, 2 * step), lambda m, n, k: (m, k)),
+                of_payload,
+                pl.BlockSpec(
+                    (1, GROUPS, 1, per_step, LANES),
+                    lambda m, n, k: (n, 0, lax.div(k, np.int32(held)), 0, 0),
+                ),
+            ],
+            out_specs=pl.BlockSpec((1, GROUPS, height, LANES), lambda m, n, k: (n, 0, m, 0)),
+            out_shape=_compat.as_struct(
+                jax.typeof(zeros((x, payload, scales), (blocks, GROUPS, rows, LANES), jnp.float32))
             ),
-        ],
-        out_specs=pl.BlockSpec((1, GROUPS, height, LANES), lambda m, n, k: (n, 0, m, 0)),
-        out_shape=_compat.as_struct(
-            jax.typeof(zeros((x, payload, scales), (blocks, GROUPS, rows, LANES), jnp.float32))
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
-        ),
-        interpret=interpret,
-    )(table, x, payload, scales)
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary")
+            ),
+            interpret=interpret,
+        )(table, x, payload, scales)
     y = y.transpose(2, 0, 3, 1) if sum_last else y.transpose(2, 0, 1, 3)
     return y.reshape(rows, -1)[:, :outputs]
 
