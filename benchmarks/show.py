@@ -21,7 +21,9 @@ SAME = {
     "Array8B": ("eformer Array8B", "qwix int8"),
     "Array8B, int8 activations": ("", "qwix int8, int8 activations"),
     "ArrayNF4": ("eformer ArrayNF4", "qwix nf4"),
+    "ArrayNF4, column-major": ("eformer ArrayNF4", "qwix nf4"),
     "Array1B, ternary": ("eformer Array1B", ""),
+    "Array1B, ternary, column-major": ("eformer Array1B", ""),
     "RSROperatorBinary": ("eformer RSROperatorBinary", ""),
     "RSROperatorTernary": ("eformer RSROperatorTernary", ""),
 }

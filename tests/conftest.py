@@ -1,5 +1,6 @@
 """Set-up of the whole suite: checked types, eight virtual devices, hypothesis profiles."""
 
+import gc
 import os
 from typing import Any
 
@@ -19,6 +20,9 @@ from jax._src import compiler
 
 
 jaxtyping.install_import_hook("eqquant", "beartype.beartype")
+gc.set_threshold(
+    200_000, 20, 50
+)  # tracing makes many small objects: a tenth of the time went into looking for cycles
 
 _COMMON = dict(
     deadline=None,  # the first example of each shape compiles

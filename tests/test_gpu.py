@@ -78,10 +78,9 @@ def check(y: Any, x: Any, w: Any, axes: Axes) -> None:
 
 @each_format
 @each_orientation
-@pytest.mark.parametrize("turn", range(2))
-def test_interpreted(format, axes, turn):
+def test_interpreted(format, axes):
     # The shapes and dtypes take turns.
-    number = 2 * list(FORMATS).index(format) + turn + (axes == FIRST)
+    number = list(FORMATS).index(format) + 5 * (axes == FIRST)
     shape, dtype = SHAPES[number % len(SHAPES)], FLOATS[number % len(FLOATS)]
     x, w = operands(format, shape, axes, dtype)
     assert supports(x, w, axes, jnp.float32)

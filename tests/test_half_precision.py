@@ -75,7 +75,7 @@ def test_bfloat16_in_every_layout(x_axes, w_axes):
     x = jnp.asarray(x, jnp.bfloat16)
     w = eqq.ArrayNF4.quantize(jnp.asarray(w, jnp.float32), block_size=4, dtype=jnp.bfloat16)
     outs = list(itertools.permutations(sorted(set(x_axes + w_axes) - {"k"})))
-    for out in outs[:: 1 + len(outs) // 6]:
+    for out in outs[:: 1 + len(outs) // 3]:
         equation = f"{x_axes},{w_axes}->{''.join(out)}"
         f = eqq.implicit(lambda x, w: jnp.einsum(equation, jnp.sin(x), w))  # noqa: B023
         want = np.einsum(equation, *(np.asarray(a, np.float64) for a in (jnp.sin(x), w)))

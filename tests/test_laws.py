@@ -21,7 +21,7 @@ def test_eager(law: str, format: str) -> None:
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "eager"])
 @pytest.mark.parametrize("law", LAWS)
 def test_transformed(law: str, mode: testing.Mode) -> None:
-    max_examples = -(-hypothesis.settings().max_examples * 3 // 5)
+    max_examples = -(-hypothesis.settings().max_examples * 2 // 5)
     testing.check_law(law, testing.arrays, mode, max_examples=max_examples)
 
 
