@@ -73,8 +73,10 @@ def tiled(
     order = list(range(w.ndim)) if w.size * itemsize > SMALL_BYTES else []  # contiguous tiles first
     order.sort(key=lambda axis: limit * w.shape[axis] < w.size)  # then those too short for one cut
     packing = w.packing
-    summed = packing is not None and packing.axis % w.ndim in axes.w_contract
-    if outputs * (packing.elements if summed else 1) >= 2 * limit:
+    sums = outputs
+    if packing is not None and packing.axis % w.ndim in axes.w_contract:
+        sums *= packing.elements  # one for each plane
+    if sums >= 2 * limit:
         # Partial sums larger than a tile cost more than reading tiles that are not contiguous.
         wide = [axis for axis in order if limit * w.shape[axis] >= LANES * w.size]
         order.sort(key=lambda axis: axis in axes.w_contract or axis not in (*wide, *axes.w_batch))
