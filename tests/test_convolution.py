@@ -236,3 +236,42 @@ def test_tiles_longer_than_the_axis_that_is_cut():
 
     got = jax.grad(lambda x: eqq.implicit(loss)(x, q))(x)
     np.testing.assert_allclose(got, jax.grad(loss)(x, q.materialize()), rtol=1e-3, atol=1e-2)
+
+
+POINTWISE = {
+    "Array8B": lambda w, axis: eqq.Array8B.quantize(w, axis=axis),
+    "ArrayNF4": lambda w, axis: eqq.ArrayNF4.quantize(w, 4, axis),
+    "Array1B": lambda w, axis: eqq.Array1B.quantize(w, axis=axis),
+}
+
+
+@pytest.mark.parametrize("order", [order for orders in ORDERS.values() for order in orders])
+@pytest.mark.parametrize("format", POINTWISE)
+def test_over_a_single_point_it_is_a_product(format, order):
+    along = "IO"[(list(POINTWISE).index(format) + len(order[0])) % 2]
+    rng = np.random.default_rng(0)
+    lengths = dict(N=2, C=20, H=5, W=4)
+    x = jnp.asarray(rng.normal(size=[lengths[letter] for letter in order[0]]), jnp.float32)
+    kernel = rng.normal(size=[dict(O=12, I=20).get(letter, 1) for letter in order[1]])
+    w = POINTWISE[format](jnp.asarray(kernel, jnp.float32), order[1].index(along))
+    strides = (2, 1)[: x.ndim - 2]
+    c = Convolution(
+        x, w, {"window_strides": strides, "padding": "VALID", "dimension_numbers": order}
+    )
+    y, pull_back = jax.vjp(lambda x: c.quantized(x, w), x)
+    want, dense_pull_back = jax.vjp(lambda x: c.dense(x, w), x)
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(pull_back(y), dense_pull_back(y), rtol=1e-4, atol=1e-4)
+    (row,) = eqq.audit(lambda x, w: lax.conv_general_dilated(x, w, **c.options), x, w).rows
+    assert row.kernel == "tiled"
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": [(1, 0), (0, 0)]}, {"lhs_dilation": (1, 2)}, {"feature_group_count": 2}]
+)
+def test_what_only_looks_like_a_product(options):
+    groups = options.get("feature_group_count", 1)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 4, 5))
+    w = eqq.Array8B.quantize(jax.random.normal(jax.random.key(1), (4, 6 // groups, 1, 1)), axis=1)
+    c = Convolution(x, w, {"window_strides": (1, 1), "padding": [(0, 0)] * 2} | options)
+    np.testing.assert_allclose(c.quantized(x, w), c.dense(x, w), rtol=1e-4, atol=1e-4)

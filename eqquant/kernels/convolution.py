@@ -16,6 +16,7 @@ from jax import Array, lax
 from .. import _compat, tiles
 from .._array import AbstractScaledArray
 from .._compat import ad, batching, mlir
+from .dot_general import quantized_dot_general
 from .pieces import by_pieces, rows_per_piece
 
 
@@ -38,7 +39,7 @@ def convolve(
     """`lax.conv_general_dilated(x, w.materialize(), ...)`, without the dense kernel if it is large.
 
     A kernel that is small, or whose channels are grouped, is decoded as a whole, but never saved
-    for the backward pass.
+    for the backward pass. With a large one that spans a single point, this is a product of matrices.
 
     **Arguments:**
 
@@ -74,7 +75,45 @@ def convolve(
     small = w.size * out_dtype.itemsize <= SMALL_BYTES
     if grouped or small or _compat.has_explicit_axes(x, *leaves):
         return jax.checkpoint(partial(_whole, out_sharding=out_sharding, **params))(x, w)
+    if _spans_a_point(w, **params):
+        return _product(x, w, **params)
     return quantized_convolution_p.bind(x, *leaves, treedef=treedef, **params)
+
+
+def _spans_a_point(
+    w: AbstractScaledArray, *, dimension_numbers: Any, padding: Any, lhs_dilation: Any, **_: Any
+) -> bool:
+    """Whether the convolution only mixes channels: a product, along an axis that can be summed over alone."""
+    spatial = dimension_numbers.rhs_spec[2:]
+    return (
+        all(w.shape[axis] == 1 and not w.payload_leaf.is_packed_along(axis) for axis in spatial)
+        and all(edge == (0, 0) for edge in map(tuple, padding))
+        and all(step == 1 for step in lhs_dilation)
+        and w.activations == "float"  # a product would round them
+    )
+
+
+def _product(
+    x: Array,
+    w: AbstractScaledArray,
+    *,
+    dimension_numbers: Any,
+    window_strides: Sequence[int],
+    precision: Any,
+    out_dtype: Any,
+    **_: Any,
+) -> Array:
+    (n, c, *points), (out, into, *spatial), y_spec = dimension_numbers
+    for axis, step in zip(points, window_strides, strict=True):
+        x = lax.slice_in_dim(x, 0, None, step, axis)
+    leaves = w.leaves()
+    for axis in sorted(spatial, reverse=True):
+        leaves = {name: tiles.remove_axis(leaf, axis) for name, leaf in leaves.items()}
+    contract = (((c,), (int(into > out),)), ((), ()))
+    y = quantized_dot_general(x, w.with_leaves(leaves), contract, precision, out_dtype)
+    free = [axis for axis in range(x.ndim) if axis != c]
+    made = [free.index(n), x.ndim - 1, *map(free.index, points)]  # of the axes that `y_spec` names
+    return lax.transpose(y, [made[y_spec.index(axis)] for axis in range(x.ndim)])
 
 
 def _whole(
