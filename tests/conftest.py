@@ -20,9 +20,8 @@ from jax._src import compiler
 
 
 jaxtyping.install_import_hook("eqquant", "beartype.beartype")
-gc.set_threshold(
-    200_000, 20, 50
-)  # tracing makes many small objects: a tenth of the time went into looking for cycles
+# Tracing makes many small objects: a tenth of the time went into looking for cycles.
+gc.set_threshold(200_000, 20, 50)
 
 _COMMON = dict(
     deadline=None,  # the first example of each shape compiles
@@ -69,7 +68,7 @@ def _with_older_code_generator(*args: Any, **params: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def fully_optimized():
-    """For modules that test what XLA makes of a program: its memory, its kernels, its accuracy.
+    """For modules that test what XLA makes of a program (its memory, its kernels), or that compute much.
 
     Elsewhere programs are many and small, and most of the time would go into optimizing them.
     """

@@ -5,12 +5,14 @@ import importlib
 from functools import partial
 from typing import Any
 
+import device_kernels
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from device_kernels import check, dot, FIRST, LAST, model, PLATFORMS, structs, VECTOR
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
 
@@ -28,7 +30,6 @@ def kernel_by_default(monkeypatch):
     monkeypatch.setenv("EQQUANT_GPU_KERNEL", "1")
 
 
-choice = importlib.import_module("eqquant.kernels.matmul.choice")
 blocks = importlib.import_module("eqquant.kernels.matmul.gpu.blocks")
 
 FORMATS = {
@@ -46,7 +47,6 @@ FORMATS = {
     "rsr binary": eqq.RSROperatorBinary.quantize,
     "rsr ternary": partial(eqq.RSROperatorTernary.quantize, k=11),
 }
-LAST, FIRST = Axes((1,), (1,), (), ()), Axes((1,), (0,), (), ())
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 # rows, then the axes of the weight: of one block, of several that fit, of several that do not.
 SHAPES = [(1, 3, 7), (16, 128, 256), (5, 33, 70), (20, 70, 300)]
@@ -59,18 +59,6 @@ def operands(format: str, shape: Any, axes: Axes, dtype: Any) -> tuple[jax.Array
     rows, *weight = shape
     w = FORMATS[format](jnp.asarray(rng.normal(size=weight), jnp.float32), dtype=dtype)
     return jnp.asarray(rng.normal(size=(rows, weight[axes.w_contract[0]])), dtype), w
-
-
-def check(y: Any, x: Any, w: Any, axes: Axes) -> None:
-    """Each factor may be rounded to its dtype, and each term of the sum to float32."""
-    x64, w64 = np.asarray(x, np.float64), np.asarray(w.materialize(), np.float64)
-    w64 = w64.T if axes == LAST else w64
-    eps = (w64.shape[0] + 4) * np.finfo(np.float32).eps
-    if x.dtype != jnp.float32:
-        eps += float(jnp.finfo(x.dtype).eps)
-    assert (
-        np.abs(np.asarray(y, np.float64) - x64 @ w64) <= eps * (np.abs(x64) @ np.abs(w64))
-    ).all()
 
 
 # ------------------------------------------------------------------------------------- values
@@ -165,17 +153,7 @@ def test_levels_by_permutation(dtype):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """On CPU, `implementation="gpu"` runs the kernel by interpretation."""
-    calls = []
-
-    def run(x: Any, w: Any, **options: Any) -> Any:
-        calls.append((x.shape, options["axes"].w_contract))
-        return gpu(x, w, **options, interpret=True)
-
-    monkeypatch.setitem(choice.IMPLEMENTATIONS, "gpu", run)
-    monkeypatch.setitem(choice.PLATFORMS, "gpu", ("cpu",))
-    yield calls
-    jax.clear_caches()
+    yield from device_kernels.interpreted(monkeypatch, "gpu", gpu)
 
 
 def by_kernel(x: Any, w: Any) -> Any:
@@ -217,17 +195,12 @@ def h200():
 KERNEL = "__gpu$xla.gpu.triton"
 
 
-def structs(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
 def large(format: str, dtype: Any, shape: Any = (1024, 2048)) -> Any:
     w = jax.ShapeDtypeStruct(shape, jnp.float32)
     return structs(jax.eval_shape(partial(FORMATS[format], dtype=dtype), w))
 
 
-def lower(f: Any, *args: Any, platforms: Any = ("cuda",)) -> str:
-    return jax.jit(f).trace(*args).lower(lowering_platforms=platforms).as_text()
+lower = partial(device_kernels.lower, platforms=("cuda",))
 
 
 @each_format
@@ -248,60 +221,35 @@ def test_lowering_for_cuda(h200, format, axes, dtype):
 def test_lowering_of_many_rows(h200, rows):
     x = jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16)
     with h200():
-        assert KERNEL in lower(jnp_dot, x, large("nf4", jnp.bfloat16))
-
-
-def jnp_dot(x: Any, w: Any) -> Any:
-    return eqq.implicit(lambda x, w: x @ w.T)(x, w)
-
-
-def model() -> Any:
-    """A quantized model, of shapes alone, and its input."""
-    mlp = eqx.filter_eval_shape(
-        lambda: eqq.quantize(
-            eqx.nn.MLP(1024, 1024, 1024, 2, dtype=jnp.bfloat16, key=jax.random.key(0)),
-            eqq.ArrayNF4.quantize,
-        )
-    )
-    return mlp, jax.ShapeDtypeStruct((1024,), jnp.bfloat16)
-
-
-def applied(leaves: Any, x: Any) -> Any:
-    """A function of the arrays of the model alone: the rest is static."""
-    static = eqx.partition(model()[0], lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))[1]
-    return eqq.implicit(eqx.combine(leaves, static))(x)
+        assert KERNEL in lower(dot, x, large("nf4", jnp.bfloat16))
 
 
 def test_a_whole_model_for_every_platform(h200):
-    mlp, x = model()
-    leaves = eqx.filter(mlp, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    leaves, applied = model(eqq.ArrayNF4.quantize)
     with h200():
-        for_all = lower(applied, leaves, x, platforms=("cpu", "cuda", "tpu"))
+        for_all = lower(applied, leaves, VECTOR, platforms=PLATFORMS)
         assert for_all.count(KERNEL) == 3  # one for each layer
-        assert lower(applied, leaves, x).count(KERNEL) == 3
+        assert lower(applied, leaves, VECTOR).count(KERNEL) == 3
 
         def loss(leaves: Any, x: Any) -> Any:
             return jnp.sum(applied(leaves, x).astype(jnp.float32))
 
-        forward_and_backward = lower(jax.grad(loss, argnums=1), leaves, x)
+        forward_and_backward = lower(jax.grad(loss, argnums=1), leaves, VECTOR)
         assert forward_and_backward.count(KERNEL) in (5, 6)  # the last result is not needed
     for platform in ("cpu", "tpu"):
-        assert KERNEL not in lower(applied, leaves, x, platforms=(platform,))
+        assert KERNEL not in lower(applied, leaves, VECTOR, platforms=(platform,))
 
 
 def test_exported_models_hold_no_kernel_unless_asked(h200):
     # Triton's programs are not promised to run with later versions: JAX refuses to export them.
-    mlp, x = model()
-    leaves = eqx.filter(mlp, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    platforms = ("cpu", "cuda", "tpu")
+    leaves, applied = model(eqq.ArrayNF4.quantize)
+    export = partial(jax.export.export, jax.jit(applied), platforms=PLATFORMS)
     with h200():
-        exported = jax.export.export(jax.jit(applied), platforms=platforms)(leaves, x)
+        exported = export()(leaves, VECTOR)
         assert KERNEL not in exported.mlir_module()
         allowed = jax.export.DisabledSafetyCheck.custom_call(KERNEL)
         with ignore_forward_compatibility():
-            exported = jax.export.export(
-                jax.jit(applied), platforms=platforms, disabled_checks=[allowed]
-            )(leaves, x)
+            exported = export(disabled_checks=[allowed])(leaves, VECTOR)
         assert exported.mlir_module().count(KERNEL) == 3
 
 
@@ -316,7 +264,7 @@ def test_what_is_split_over_devices_goes_by_xla(h200):
     mesh = Mesh(mesh_utils.create_device_mesh((4,), jax.devices()[:4]), ("d",))
     x, w = jax.ShapeDtypeStruct((4, 2048), jnp.bfloat16), large("nf4", jnp.bfloat16)
     split = jax.NamedSharding(mesh, PartitionSpec("d"))
-    rows = jax.jit(jnp_dot, in_shardings=(split, None)).trace(x, w)
+    rows = jax.jit(dot, in_shardings=(split, None)).trace(x, w)
     assert KERNEL not in rows.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -328,7 +276,7 @@ def test_in_shard_map_each_device_has_a_kernel(check_vma):
     specs = (PartitionSpec("d"), jtu.tree_map(lambda _: PartitionSpec(), w))
     with jax.sharding.use_abstract_mesh(mesh):
         by_hand = jax.shard_map(
-            jnp_dot, in_specs=specs, out_specs=PartitionSpec("d"), check_vma=check_vma
+            dot, in_specs=specs, out_specs=PartitionSpec("d"), check_vma=check_vma
         )
         assert KERNEL in lower(by_hand, x, w)
 
@@ -337,10 +285,10 @@ def test_an_unknown_gpu_gets_what_xla_makes():
     if jax.__version_info__ < (0, 11):
         pytest.skip("JAX before 0.11 takes every GPU for a Hopper")
     x, w = jax.ShapeDtypeStruct((4, 2048), jnp.bfloat16), large("nf4", jnp.bfloat16)
-    assert KERNEL not in lower(jnp_dot, x, w)
+    assert KERNEL not in lower(dot, x, w)
     device = AbstractDevice(device_kind="Tesla T4", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        assert KERNEL not in lower(jnp_dot, x, w)
+        assert KERNEL not in lower(dot, x, w)
 
 
 # ------------------------------------------------------------------------------------- choice

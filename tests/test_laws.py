@@ -12,10 +12,11 @@ from eqquant.testing import DENSE_PROGRAMS, FORMATS, LAWS, MODES, NO_QUANTIZED_O
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("law", LAWS)
 def test_eager(law: str, format: str) -> None:
-    fewer = -(-hypothesis.settings().max_examples * 3 // 5)
-    max_examples = None if format == "Array8B" else fewer
-    kept_packed = testing.check_law(law, FORMATS[format], max_examples=max_examples)
+    few = -(-hypothesis.settings().max_examples * 3 // 5)
+    kept_packed = testing.check_law(law, FORMATS[format], max_examples=few)
     if format == "Array8B":  # it is packed along no axis: whatever has a rule keeps it
+        if LAWS[law].packed and not kept_packed:  # of some laws, one program in ten
+            kept_packed = testing.check_law(law, FORMATS[format], max_examples=100)
         assert bool(kept_packed) == LAWS[law].packed, f"{kept_packed} programs made nothing dense"
 
 

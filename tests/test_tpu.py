@@ -7,11 +7,13 @@ import re
 from functools import partial
 from typing import Any
 
+import device_kernels
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from device_kernels import check, dot, FIRST, LAST, model, PLATFORMS, structs, VECTOR
 from jax.experimental import mesh_utils
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
@@ -23,8 +25,6 @@ from eqquant.kernels.matmul.reference import Axes
 from eqquant.kernels.matmul.tpu import supports
 
 
-choice = importlib.import_module("eqquant.kernels.matmul.choice")
-
 FORMATS = {
     "nf4": eqq.ArrayNF4.quantize,
     "nf4 double": partial(eqq.ArrayNF4.quantize, double=True),
@@ -35,7 +35,6 @@ FORMATS = {
     "rsr ternary": eqq.RSROperatorTernary.quantize,
     "nf4 by columns": lambda w, **how: eqq.column_major(eqq.ArrayNF4.quantize(w, **how)),
 }
-LAST, FIRST = Axes((1,), (1,), (), ()), Axes((1,), (0,), (), ())
 KERNEL = "tpu_custom_call"
 
 
@@ -52,18 +51,6 @@ def nf4(shape: Any, axis: int, block_size: int = 64, dtype: Any = jnp.bfloat16, 
 def inputs(rows: int, w: Any, axes: Axes) -> jax.Array:
     shape = rows, w.shape[axes.w_contract[0]]
     return jnp.asarray(np.random.default_rng(rows).normal(size=shape), w.dtype)
-
-
-def check(y: Any, x: Any, w: Any, axes: Axes) -> None:
-    """Each weight may be rounded to its dtype, and each term of the sum to float32."""
-    x64, w64 = np.asarray(x, np.float64), np.asarray(w.materialize(), np.float64)
-    w64 = w64.T if axes == LAST else w64
-    eps = (w64.shape[0] + 4) * np.finfo(np.float32).eps
-    if x.dtype != jnp.float32:
-        eps += float(jnp.finfo(x.dtype).eps)
-    assert (
-        np.abs(np.asarray(y, np.float64) - x64 @ w64) <= eps * (np.abs(x64) @ np.abs(w64))
-    ).all()
 
 
 # ------------------------------------------------------------------------------------- values
@@ -105,17 +92,7 @@ def test_an_output_that_is_not_finite_stays_where_it_is():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """On CPU, `implementation="tpu"` runs the kernel by interpretation."""
-    calls = []
-
-    def run(x: Any, w: Any, **options: Any) -> Any:
-        calls.append((x.shape, options["axes"].w_contract))
-        return tpu(x, w, **options, interpret=True)
-
-    monkeypatch.setitem(choice.IMPLEMENTATIONS, "tpu", run)
-    monkeypatch.setitem(choice.PLATFORMS, "tpu", ("cpu",))
-    yield calls
-    jax.clear_caches()
+    yield from device_kernels.interpreted(monkeypatch, "tpu", tpu)
 
 
 def by_kernel(x: Any, w: Any, axis: int = 1) -> Any:
@@ -138,17 +115,12 @@ def test_vmap_and_derivatives(interpreted):
 # ----------------------------------------------------------------------------------- lowering
 
 
-def structs(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
 def large(dtype: Any = jnp.bfloat16, shape: Any = (1024, 2048), **how: Any) -> Any:
     w = jax.ShapeDtypeStruct(shape, jnp.float32)
     return structs(jax.eval_shape(partial(eqq.ArrayNF4.quantize, dtype=dtype, **how), w))
 
 
-def lower(f: Any, *args: Any, platforms: Any = ("tpu",)) -> str:
-    return jax.jit(f).trace(*args).lower(lowering_platforms=platforms).as_text()
+lower = partial(device_kernels.lower, platforms=("tpu",))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -162,28 +134,9 @@ def test_lowering(axis, dtype):
         assert lower(partial(by_kernel, axis=axis), x, w).count(KERNEL) == 1
 
 
-def model(format: str) -> Any:
-    """A quantized model, of shapes alone, as its arrays and a function of these and its input."""
-    mlp = eqx.filter_eval_shape(
-        lambda: eqq.quantize(
-            eqx.nn.MLP(1024, 1024, 1024, 2, dtype=jnp.bfloat16, key=jax.random.key(0)),
-            FORMATS[format],
-        )
-    )
-    leaves, static = eqx.partition(mlp, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-
-    def applied(leaves: Any, x: Any) -> Any:
-        return eqq.implicit(eqx.combine(leaves, static))(x)
-
-    return leaves, applied
-
-
-VECTOR = jax.ShapeDtypeStruct((1024,), jnp.bfloat16)
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_whole_model_by_xla(format):
-    leaves, applied = model(format)
+    leaves, applied = model(FORMATS[format])
     text = lower(applied, leaves, VECTOR)
     assert "custom_call" not in text
     # Nothing has as many elements as a weight, except where each one is stored by itself.
@@ -191,23 +144,19 @@ def test_a_whole_model_by_xla(format):
     most = max(math.prod(map(int, shape.split("x"))) for shape in shapes)
     stored = max(leaf.size for leaf in jax.tree.leaves(leaves))
     assert most == stored and (stored < 1 << 20 or format.startswith("int8"))
-    exported = jax.export.export(jax.jit(applied), platforms=("cpu", "cuda", "tpu"))
+    exported = jax.export.export(jax.jit(applied), platforms=PLATFORMS)
     assert "custom_call" not in exported(leaves, VECTOR).mlir_module()
 
 
 @pytest.mark.parametrize("format", ["nf4", "nf4 by columns"])
 def test_a_whole_model_by_the_kernel(kernel_by_default, format):
-    leaves, applied = model(format)
+    leaves, applied = model(FORMATS[format])
     export = partial(jax.export.export, jax.jit(applied))
-    for platforms in (("tpu",), ("cpu", "cuda", "tpu")):
+    for platforms in (("tpu",), PLATFORMS):
         assert lower(applied, leaves, VECTOR, platforms=platforms).count(KERNEL) == 3  # layers
         exported = export(platforms=platforms)(leaves, VECTOR)
         assert exported.mlir_module().count(KERNEL) == 3
     assert KERNEL not in lower(applied, leaves, VECTOR, platforms=("cpu", "cuda"))
-
-
-def dot(x: Any, w: Any) -> Any:
-    return eqq.implicit(lambda x, w: x @ w.T)(x, w)
 
 
 def test_older_tpus_get_what_xla_makes(kernel_by_default, monkeypatch):

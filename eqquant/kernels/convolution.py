@@ -103,6 +103,7 @@ def _product(
     out_dtype: Any,
     **_: Any,
 ) -> Array:
+    r"""As `_whole`, where the kernel spans a point: $y_{no} = \sum_i x_{ni} w_{oi}$ at each point."""
     (n, c, *points), (out, into, *spatial), y_spec = dimension_numbers
     for axis, step in zip(points, window_strides, strict=True):
         x = lax.slice_in_dim(x, 0, None, step, axis)

@@ -33,7 +33,8 @@ SUPPORTS = {
     "tpu": supports_tpu,
 }
 PLATFORMS = {"gpu": ("cuda", "gpu"), "tpu": ("tpu",)}
-GPU_KERNEL, TPU_KERNEL = "EQQUANT_GPU_KERNEL", "EQQUANT_TPU_KERNEL"
+PAYS = {"gpu": pays_on_gpu, "tpu": pays_on_tpu}
+SWITCHES = {"gpu": "EQQUANT_GPU_KERNEL", "tpu": "EQQUANT_TPU_KERNEL"}
 """The environment variables that make a kernel the default where it runs. Neither has run on a device yet."""
 
 
@@ -57,14 +58,14 @@ def choose(
         return "fused"
     if platform == "cpu":
         return cpu.choose(x, w, axes, accumulate)
-    if platform in PLATFORMS["gpu"] and os.environ.get(GPU_KERNEL) == "1":
-        return (
-            "gpu" if supports_gpu(x, w, axes, accumulate) and pays_on_gpu(x, w, axes) else "fused"
-        )
-    if platform in PLATFORMS["tpu"] and os.environ.get(TPU_KERNEL) == "1":
-        return (
-            "tpu" if supports_tpu(x, w, axes, accumulate) and pays_on_tpu(x, w, axes) else "fused"
-        )
+    for name, platforms in PLATFORMS.items():
+        if (
+            platform in platforms
+            and os.environ.get(SWITCHES[name]) == "1"
+            and computes(name, x, w, axes, accumulate)
+            and PAYS[name](x, w, axes)
+        ):
+            return name
     return "fused"
 
 

@@ -1,0 +1,76 @@
+"""What the tests of the kernels for GPUs and for TPUs share: they run here by interpretation, or are lowered only."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eqquant as eqq
+from eqquant.kernels.matmul.reference import Axes
+
+
+choice = importlib.import_module("eqquant.kernels.matmul.choice")
+
+LAST, FIRST = Axes((1,), (1,), (), ()), Axes((1,), (0,), (), ())
+PLATFORMS = ("cpu", "cuda", "tpu")
+VECTOR = jax.ShapeDtypeStruct((1024,), jnp.bfloat16)
+
+
+def check(y: Any, x: Any, w: Any, axes: Axes) -> None:
+    """Each factor may be rounded to its dtype, and each term of the sum to float32."""
+    x64, w64 = np.asarray(x, np.float64), np.asarray(w.materialize(), np.float64)
+    w64 = w64.T if axes == LAST else w64
+    eps = (w64.shape[0] + 4) * np.finfo(np.float32).eps
+    if x.dtype != jnp.float32:
+        eps += float(jnp.finfo(x.dtype).eps)
+    assert (
+        np.abs(np.asarray(y, np.float64) - x64 @ w64) <= eps * (np.abs(x64) @ np.abs(w64))
+    ).all()
+
+
+def interpreted(
+    monkeypatch: pytest.MonkeyPatch, name: str, kernel: Callable[..., Any]
+) -> Iterator[list[Any]]:
+    """On CPU, the implementation of this name runs by interpretation; its calls are listed."""
+    calls = []
+
+    def run(x: Any, w: Any, **options: Any) -> Any:
+        calls.append((x.shape, options["axes"].w_contract))
+        return kernel(x, w, **options, interpret=True)
+
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, name, run)
+    monkeypatch.setitem(choice.PLATFORMS, name, ("cpu",))
+    yield calls
+    jax.clear_caches()
+
+
+def structs(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def lower(f: Any, *args: Any, platforms: Any) -> str:
+    return jax.jit(f).trace(*args).lower(lowering_platforms=platforms).as_text()
+
+
+def dot(x: Any, w: Any) -> Any:
+    return eqq.implicit(lambda x, w: x @ w.T)(x, w)
+
+
+def model(how: Any) -> tuple[Any, Callable[..., Any]]:
+    """A quantized model of three layers, of shapes alone: its arrays, and a function of these and of a `VECTOR`."""
+    mlp = eqx.filter_eval_shape(
+        lambda: eqq.quantize(
+            eqx.nn.MLP(1024, 1024, 1024, 2, dtype=jnp.bfloat16, key=jax.random.key(0)), how
+        )
+    )
+    leaves, static = eqx.partition(mlp, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+
+    def applied(leaves: Any, x: Any) -> Any:
+        return eqq.implicit(eqx.combine(leaves, static))(x)
+
+    return leaves, applied
