@@ -1,59 +1,81 @@
 """The kernel for GPUs: first whether it is right, then how long it takes next to dense bfloat16 and to XLA's way.
 
 python benchmarks/bench_gpu.py                # checks, then measures, and writes results/gpu.json
-python benchmarks/bench_gpu.py --check        # checks only; with --interpret anywhere, without a GPU
+python benchmarks/bench_gpu.py --check        # checks only
 python benchmarks/bench_gpu.py --tune         # tries block sizes, and prints entries for gpu/blocks.py
 
 Options: [--only "8192 square"] [--formats ArrayNF4] [--rows 1 16] [--orientations last first] [--runs 15]
+With --interpret all of it runs anywhere, without a GPU, on one small shape; its times mean nothing.
+
+Each candidate has as many copies of its weight as exceed the cache of the device, used in turn, and several such turns
+are queued before it is waited for. *share* is the part of the time that the device needs at least: to read what is
+stored, at the rate of a copy, or to compute, at the rate of a dense product, both measured first. If `bitsandbytes` is
+installed, its NF4 takes part.
 """
 
 import argparse
+import functools
+import importlib.util
 import itertools
+import math
+import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import interleaved, machine, save, timed
-from shapes import LINEAR, ROWS
+from _measure import interleaved, machine, save
+from shapes import LINEAR, Linear
 
 import eqquant as eqq
-from eqquant.kernels.matmul import fused, gpu
-from eqquant.kernels.matmul.gpu.blocks import Blocks, Case
+from eqquant.kernels.matmul import choose, fused, gpu
+from eqquant.kernels.matmul.gpu.blocks import Blocks, blocks_for, Case
 from eqquant.kernels.matmul.gpu.product import case_of
 from eqquant.kernels.matmul.reference import Axes
 
 
 FORMATS: dict[str, Callable[[Any], Any]] = {
+    "Array8B": eqq.Array8B.quantize,
+    "Array8B, blocks of 128": partial(eqq.Array8B.quantize, block_size=128),
     "ArrayNF4": eqq.ArrayNF4.quantize,
     "ArrayNF4, double": partial(eqq.ArrayNF4.quantize, double=True),
-    "Array8B, blocks of 128": partial(eqq.Array8B.quantize, block_size=128),
     "Array1B, ternary": eqq.Array1B.quantize,
     "Array1B, binary": partial(eqq.Array1B.quantize, levels="binary"),
     "RSROperatorTernary": eqq.RSROperatorTernary.quantize,
 }
 # Summed over the last axis of the weight, as `eqx.nn.Linear` does, or over its first.
 ORIENTATIONS = {"last": 1, "first": 0}
-SHAPES = ("1B up", "4096 square", "8192 square")
+SHAPES = ("8B down", "8192 square")
+ROWS = (1, 16, 64, 256, 2048)
+TINY = Linear("tiny", 48, 64)
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 COLD = 400 << 20
 """Bytes of weights that are read in turn, so that none stays in the cache of the device."""
 MAX_WEIGHTS = 48
+QUEUED = 10e-3
+"""Seconds of work that are queued before it is waited for."""
+
+
+def axes_of(axis: int) -> Axes:
+    return Axes((1,), (axis,), (), ())
 
 
 def product(implementation: Any, axis: int, x: Any, w: Any, **options: Any) -> Any:
-    axes = Axes((1,), (axis,), (), ())
-    y = implementation(x, w, axes=axes, precision=None, accumulate=jnp.float32, **options)
+    y = implementation(x, w, axes=axes_of(axis), precision=None, accumulate=jnp.float32, **options)
     return y.astype(x.dtype)
+
+
+# -------------------------------------------------------------------------------------- right?
 
 
 def check(args: argparse.Namespace) -> float:
     """The largest error of any product, in units of what rounding its factors and terms accounts for."""
     rng, worst = np.random.default_rng(0), 0.0
-    shapes = [(96, 200), (33, 70), (256, 512)] if args.interpret else [(1000, 2010), (4096, 4096)]
+    shapes = [(TINY.outputs, 70)] if args.interpret else [(1000, 2010), (4096, 4096)]
     for shape, format, orientation, rows, (name, dtype) in itertools.product(
         shapes, args.formats, args.orientations, (1, 5, 16, 20), DTYPES.items()
     ):
@@ -74,81 +96,217 @@ def check(args: argparse.Namespace) -> float:
     return worst
 
 
-def cold(run: Callable[[Any, Any], Any], x: Any, weights: list[Any]) -> Callable[[], float]:
+# --------------------------------------------------------------------------------------- fast?
+
+
+def queued(call: Callable[[], Any], wait: Callable[[Any], Any]) -> Callable[[], float]:
+    """Measures a call in seconds, among several that the device is given at once."""
+
+    def seconds(repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            out = call()
+        wait(out)
+        return (time.perf_counter() - start) / repeats
+
+    seconds(1)  # compiles
+    repeats = max(1, round(QUEUED / seconds(1)))
+    return partial(seconds, repeats)
+
+
+def cold(run: Callable[[Any, Any], Any], x: Any, weights: Sequence[Any]) -> Callable[[], float]:
     """Measures one product; each call computes one with every weight."""
-    compiled = jax.jit(lambda x, ws: [run(x, w) for w in ws]).lower(x, weights).compile()
-    measure = timed([partial(compiled, x, weights)])
+    once = jax.jit(run)  # lowered once
+    compiled = jax.jit(lambda x, ws: [once(x, w) for w in ws]).lower(x, weights).compile()
+    measure = queued(partial(compiled, x, weights), jax.block_until_ready)
     return lambda: measure() / len(weights)
 
 
-def copies(w: Any) -> list[Any]:
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(w))
-    count = min(MAX_WEIGHTS, -(-COLD // nbytes))
-    return [w, *(jax.tree.map(jnp.copy, w) for _ in range(count - 1))]
+def stored(w: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(w))
 
 
-def weights_of(shape: Any, format: str) -> Any:
+def copies(nbytes: int) -> int:
+    """How many weights of this size exceed the cache."""
+    return min(MAX_WEIGHTS, -(-COLD // nbytes))
+
+
+def copied(w: Any) -> list[Any]:
+    return [w, *(jax.tree.map(jnp.copy, w) for _ in range(copies(stored(w)) - 1))]
+
+
+def weights_of(shape: Linear, format: str) -> Any:
     dense = jax.random.normal(jax.random.key(0), (shape.outputs, shape.inputs), jnp.bfloat16)
     return dense if format == "dense" else FORMATS[format](dense)
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    results = []
+def limits(args: argparse.Namespace) -> dict[str, float]:
+    """Bytes a second that a copy reads and writes, and operations a second of a dense product."""
+    count, size = (1 << 12, 64) if args.interpret else (1 << 28, 8192)
+    x, a = jnp.zeros(count, jnp.float32), jnp.ones((size, size), jnp.bfloat16)
+    copy = queued(partial(jax.jit(lambda x: x + 1), x), jax.block_until_ready)
+    dot = queued(partial(jax.jit(jnp.matmul), a, a), jax.block_until_ready)
+    return {
+        "bytes a second": 2 * x.nbytes / min(copy() for _ in range(args.runs)),
+        "operations a second": 2 * size**3 / min(dot() for _ in range(args.runs)),
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    most = limits(args)
+    print("  ".join(f"{name}: {value:.3g}" for name, value in most.items()))
+    rows_of_results = []
     for shape, orientation, rows in cases(args):
         axis = ORIENTATIONS[orientation]
         x = jnp.ones((rows, (shape.outputs, shape.inputs)[axis]), jnp.bfloat16)
-        dense = lambda x, w: x @ (w.T if axis else w)  # noqa: B023, E731
+        dense = weights_of(shape, "dense")
+        nbytes = {"dense": stored(dense)}
+        candidates = {"dense": cold(lambda x, w: x @ (w.T if axis else w), x, copied(dense))}  # noqa: B023
         for format in args.formats:
-            candidates = {"dense": cold(dense, x, copies(weights_of(shape, "dense")))}
-            quantized = copies(weights_of(shape, format))
-            for name, implementation in {"gpu": gpu, "xla": fused}.items():
-                candidates[name] = cold(partial(product, implementation, axis), x, quantized)
-            found = interleaved(candidates, args.runs, "dense")
-            row = dict(shape=shape.name, orientation=orientation, rows=rows, format=format)
-            results.append(row | found)
-            times = "  ".join(
-                f"{name} {found[name]['median'] * 1e6:8.1f} µs x{1 / found[name]['ratio']:.2f}"
-                for name in candidates
+            weights = copied(weights_of(shape, format))
+            names = ["fused"]
+            if args.interpret or chosen(x, weights[0], axis) == "gpu":
+                names.append("gpu")
+            for name in names:
+                run = kernel(args) if name == "gpu" else fused
+                candidates[f"{format}: {name}"] = cold(partial(product, run, axis), x, weights)
+                nbytes[f"{format}: {name}"] = stored(weights[0])
+        if orientation == "last" and importlib.util.find_spec("bitsandbytes") is not None:
+            candidates["bitsandbytes NF4"], nbytes["bitsandbytes NF4"] = bitsandbytes(shape, rows)
+        found = interleaved(candidates, args.runs, "dense")
+        print(f"\n{shape.name}, {orientation} axis summed, {rows} rows")
+        for name, times in found.items():
+            least = max(
+                nbytes[name] / most["bytes a second"],
+                2 * rows * shape.elements / most["operations a second"],
             )
-            print(f"{shape.name:14} {orientation:5} {rows:4} {format:24} {times}", flush=True)
-    return results
+            times |= {
+                "bytes a second": nbytes[name] / times["median"],
+                "operations a second": 2 * rows * shape.elements / times["median"],
+                "share": least / times["median"],
+            }
+            print(
+                f"  {name:32} {times['median'] * 1e6:9.1f} µs  {1 / times['ratio']:6.2f} of dense  "
+                f"{times['bytes a second'] / 1e9:7.0f} GB/s  {times['share']:.2f} of the limit",
+                flush=True,
+            )
+        for format in args.formats:
+            ours, xla = found.get(f"{format}: gpu"), found[f"{format}: fused"]
+            if ours is not None and ours["median"] > xla["median"]:
+                print(f"  {format}: chosen, but slower than what XLA makes")
+        rows_of_results.append(
+            dict(shape=shape.name, orientation=orientation, rows=rows, times=found)
+        )
+    return {"device": jax.devices()[0].device_kind, "limits": most, "rows": rows_of_results}
 
 
-def cases(args: argparse.Namespace) -> Iterator[tuple[Any, str, int]]:
-    shapes = [shape for shape in LINEAR if shape.name in args.only]
+def chosen(x: Any, w: Any, axis: int) -> str:
+    """What a program for a GPU runs, if it prefers the kernel."""
+    return choose("cuda", x, w, axes_of(axis), jnp.float32, preferred="gpu")
+
+
+def kernel(args: argparse.Namespace, blocks: Blocks | None = None) -> Any:
+    device = jax.devices()[0].device_kind
+    return partial(gpu, device=device, blocks=blocks, interpret=args.interpret)
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[Linear, str, int]]:
+    shapes = [shape for shape in (*LINEAR, TINY) if shape.name in args.only]
     yield from itertools.product(shapes, args.orientations, args.rows)
 
 
-def tune(args: argparse.Namespace) -> None:
-    """Tries block sizes for the largest shape given, and prints the best for each case."""
-    best: dict[Case, tuple[float, Blocks]] = {}
+def bitsandbytes(shape: Linear, rows: int) -> tuple[Callable[[], float], int]:
+    """Measures its product, as `cold` does, and says how many bytes it stores."""
+    import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    new = dict(dtype=torch.bfloat16, device=device)
+    w, x = torch.randn(shape.outputs, shape.inputs, **new), torch.ones(rows, shape.inputs, **new)
+    quantize = partial(bnb.functional.quantize_4bit, blocksize=64, quant_type="nf4")
+    packed, state = quantize(w)
+    nbytes = packed.nbytes + state.absmax.nbytes
+    weights = [quantize(w) for _ in range(copies(nbytes))]
+
+    def all_products() -> list[Any]:
+        return [bnb.matmul_4bit(x, packed.t(), quant_state=state) for packed, state in weights]
+
+    with torch.inference_mode():
+        want = x.float() @ bnb.functional.dequantize_4bit(packed, state).float().t()
+        error = (all_products()[0].float() - want).abs().max() / want.abs().max()
+    if not error < 0.02:
+        raise AssertionError(f"bitsandbytes is used wrongly here: {error}")
+    call, wait = torch.inference_mode()(all_products), lambda out: None
+    if device == "cuda":
+        # As XLA's programs: given to the device as a whole.
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.inference_mode(), torch.cuda.graph(graph):
+            all_products()
+        call, wait = graph.replay, lambda out: torch.cuda.synchronize()
+    measure = queued(call, wait)
+    return lambda: measure() / len(weights), nbytes
+
+
+# ------------------------------------------------------------------------------------- tuning
+
+
+def tune(args: argparse.Namespace) -> dict[Case, Blocks]:
+    """The best block sizes found for each case, with the largest shape given; prints the entries."""
+    best: dict[Case, Blocks] = {}
+    device = jax.devices()[0].device_kind
     shape = max((shape for shape, _, _ in cases(args)), key=lambda shape: shape.elements)
     for orientation, rows, format in itertools.product(args.orientations, args.rows, args.formats):
         axis = ORIENTATIONS[orientation]
         x = jnp.ones((rows, (shape.outputs, shape.inputs)[axis]), jnp.bfloat16)
-        weights = copies(weights_of(shape, format))
-        case = case_of(rows, weights[0], axis, jnp.dtype(jnp.bfloat16))
-        for outputs, inputs, warps, stages in itertools.product(
-            (16, 32, 64, 128, 256), (16, 32, 64, 128), (2, 4, 8), (2, 3, 4)
-        ):
-            blocks = Blocks(case.rows, outputs, inputs, warps, stages)
-            run = partial(product, gpu, axis, blocks=blocks)
-            try:
-                measured = cold(run, x, weights)
-                time = min(measured() for _ in range(3))
-            except Exception as error:  # too much shared memory, say
-                print(f"{case} {blocks}: {str(error)[:80]}")
-                continue
-            if time < best.get(case, (np.inf,))[0]:
-                best[case] = (time, blocks)
-                print(f"{case} {blocks}: {time * 1e6:.1f} µs", flush=True)
-    print(f'    "{jax.devices()[0].device_kind}": {{')
-    for case, (_, blocks) in best.items():
+        w = weights_of(shape, format)
+        case = case_of(rows, w, axis, jnp.dtype(jnp.bfloat16))
+        if case not in best and (args.interpret or chosen(x, w, axis) == "gpu"):
+            seconds = functools.cache(partial(seconds_with, args, axis, x, copied(w)))
+            start = blocks_for(case, device)
+            best[case] = descend(seconds, start)
+            times = [f"{seconds(blocks) * 1e6:.1f} µs" for blocks in (start, best[case])]
+            print(f"{case}: {times[0]}, {times[1]} with {best[case]}", flush=True)
+    print(f'    "{device}": {{')
+    for case, blocks in best.items():
         print(f"        {case}: {blocks},")
     print("    },")
+    return best
 
 
-def main() -> None:
+def seconds_with(
+    args: argparse.Namespace, axis: int, x: Any, weights: Sequence[Any], blocks: Blocks
+) -> float:
+    try:
+        measured = cold(partial(product, kernel(args, blocks), axis), x, weights)
+        return min(measured() for _ in range(3))
+    except Exception as error:  # too much shared memory, say
+        print(f"{blocks}: {str(error)[:80]}")
+        return math.inf
+
+
+def descend(seconds: Callable[[Blocks], float], blocks: Blocks) -> Blocks:
+    """From these on, one size is changed at a time, for as long as that helps."""
+    while (better := min([blocks, *neighbours(blocks)], key=seconds)) != blocks:
+        blocks = better
+    return blocks
+
+
+def neighbours(blocks: Blocks) -> Iterator[Blocks]:
+    """Those that differ in one size, by one step."""
+    for field, least, most in (("outputs", 16, 256), ("inputs", 16, 256), ("warps", 1, 8)):
+        value = getattr(blocks, field)
+        for other in (value // 2, 2 * value):
+            if least <= other <= most:
+                yield blocks._replace(**{field: other})
+    for stages in (blocks.stages - 1, blocks.stages + 1):
+        if 1 <= stages <= 5:
+            yield blocks._replace(stages=stages)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    # bitsandbytes wants memory, too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -161,17 +319,23 @@ def main() -> None:
     parser.add_argument("--orientations", nargs="*", default=[*ORIENTATIONS], choices=ORIENTATIONS)
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--runs", type=int, default=15)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.interpret:
+        args.only = [TINY.name]
 
     print(machine())
     if not args.interpret and jax.default_backend() != "gpu":
-        sys.exit("no GPU is here; --check --interpret runs anywhere")
+        sys.exit("no GPU is here; --interpret runs anywhere")
     if check(args) > 1:
         sys.exit("the kernel is wrong here: nothing is measured")
+    if args.check:
+        return
     if args.tune:
         tune(args)
-    elif not (args.check or args.interpret):
-        save("gpu", {"device": jax.devices()[0].device_kind, "rows": measure(args)})
+        return
+    results = measure(args)
+    if not args.interpret:
+        save("gpu", results)
 
 
 if __name__ == "__main__":

@@ -211,6 +211,9 @@ _recording_numbers = itertools.count(1)
 _recording_number: contextvars.ContextVar[int] = contextvars.ContextVar("number", default=0)
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 _kernels: contextvars.ContextVar[list[str]] = contextvars.ContextVar("kernels")
+_implementation: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "implementation", default=None
+)
 _seen_lines: dict[Any, Any] = {}
 
 
@@ -321,9 +324,24 @@ def note_kernel(choose: Callable[[str], str]) -> None:
         noted.append(kernel)
 
 
+@contextlib.contextmanager
+def preferring(implementation: str | None) -> Iterator[None]:
+    """Products that are traced inside go by this implementation where it serves; None changes nothing."""
+    token = _implementation.set(implementation or _implementation.get())
+    try:
+        yield
+    finally:
+        _implementation.reset(token)
+
+
+def preferred_implementation() -> str | None:
+    """What the innermost `preferring` says."""
+    return _implementation.get()
+
+
 def tracing_state() -> tuple[Any, ...]:
     """What tracing depends on besides its arguments: a key for caches of traced functions."""
-    return materialize_mode(), _recording_number.get(), _table_version
+    return materialize_mode(), _recording_number.get(), _table_version, _implementation.get()
 
 
 def dense_nbytes(x: Any) -> int:

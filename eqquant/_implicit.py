@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from . import _compat
-from ._dispatch import apply, ImplicitArray, settle
+from ._dispatch import apply, ImplicitArray, preferring, settle
 
 
 P = ParamSpec("P")
@@ -41,6 +41,8 @@ class Implicit(eqx.Module, Generic[P, R]):
 
     wrapped: Callable[P, R]
     """The original function; its own leaves may be quantized too."""
+    implementation: str | None = eqx.field(static=True, default=None)
+    """The preferred implementation of products."""
 
     @property
     def __wrapped__(self) -> Callable[P, R]:
@@ -62,14 +64,15 @@ class Implicit(eqx.Module, Generic[P, R]):
 
         arrays = [leaves[i] for i in traced]
         jaxpr = jax.make_jaxpr(on_logical_arrays)(*map(_logical, arrays))
-        results = map(_as_array, evaluate(jaxpr, arrays))
+        with preferring(self.implementation):
+            results = map(_as_array, evaluate(jaxpr, arrays))
         out_treedef, out_leaves = results_like
         return jtu.tree_unflatten(
             out_treedef, [next(results) if leaf is None else leaf for leaf in out_leaves]
         )
 
 
-def implicit(f: Callable[P, R]) -> Implicit[P, R]:
+def implicit(f: Callable[P, R], *, implementation: str | None = None) -> Implicit[P, R]:
     """Makes `f` accept quantized arrays wherever it takes arrays.
 
     `f` is traced once, with each quantized array appearing as an ordinary traced array of its
@@ -81,6 +84,10 @@ def implicit(f: Callable[P, R]) -> Implicit[P, R]:
 
     - `f`: any function or callable module. Quantized arrays may be among its arguments, at any
         depth, or inside `f` itself.
+    - `implementation`: one of those of
+        [`quantized_dot_general`][eqquant.kernels.quantized_dot_general], by name. Products go by it
+        wherever it computes them, runs on the platform that the program is compiled for, and is no loss
+        by what is known; by default, and elsewhere, by the one that serves best.
 
     **Returns:** a module that is called as `f` is. It is a pytree that holds `f`:
     `eqx.filter_jit(implicit(model))(x)` passes the weights of `model` as arguments. (With
@@ -107,7 +114,7 @@ def implicit(f: Callable[P, R]) -> Implicit[P, R]:
         # Equinox doubts `implicit(jax.vmap(model))`, whose weights are captured by closure. That is
         # right here too; where it makes them dense, the warning of that place says so.
         warnings.filterwarnings("ignore", "(?s).*assigning a JAX-transformed callable")
-        return Implicit(f)
+        return Implicit(f, implementation)
 
 
 def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -57,11 +58,11 @@ def lower(f: Any, *args: Any, platforms: Any) -> str:
     return jax.jit(f).trace(*args).lower(lowering_platforms=platforms).as_text()
 
 
-def dot(x: Any, w: Any) -> Any:
-    return eqq.implicit(lambda x, w: x @ w.T)(x, w)
+def dot(x: Any, w: Any, implementation: str | None = None) -> Any:
+    return eqq.implicit(lambda x, w: x @ w.T, implementation=implementation)(x, w)
 
 
-def model(how: Any) -> tuple[Any, Callable[..., Any]]:
+def model(how: Any, implementation: str | None = None) -> tuple[Any, Callable[..., Any]]:
     """A quantized model of three layers, of shapes alone: its arrays, and a function of these and of a `VECTOR`."""
     mlp = eqx.filter_eval_shape(
         lambda: eqq.quantize(
@@ -71,6 +72,25 @@ def model(how: Any) -> tuple[Any, Callable[..., Any]]:
     leaves, static = eqx.partition(mlp, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 
     def applied(leaves: Any, x: Any) -> Any:
-        return eqq.implicit(eqx.combine(leaves, static))(x)
+        return eqq.implicit(eqx.combine(leaves, static), implementation=implementation)(x)
 
     return leaves, applied
+
+
+def check_stack(by_kernel: Callable[..., Any], how: Any, axis: int = 1) -> None:
+    """A product of several inputs with as many matrices, and its derivative."""
+    rng = np.random.default_rng(0)
+    w = jax.vmap(partial(how, axis=axis))(jnp.asarray(rng.normal(size=(3, 64, 128)), jnp.float32))
+    x = jnp.asarray(rng.normal(size=(3, 2, (64, 128)[axis])), jnp.float32)
+    y, pull_back = jax.vjp(lambda x: jax.vmap(by_kernel)(x, w), x)
+    (x_ct,) = pull_back(y)
+    there, back = (LAST, FIRST) if axis else (FIRST, LAST)
+    for i in range(3):
+        matrix = jax.tree.map(lambda leaf, i=i: leaf[i], w)
+        check(y[i], x[i], matrix, there)
+        check(x_ct[i], y[i], matrix, back)
+
+
+def stacked(w: Any) -> Any:
+    """Of shapes alone: eight of them."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((8, *leaf.shape), leaf.dtype), w)

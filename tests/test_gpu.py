@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import re
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from device_kernels import check, dot, FIRST, LAST, model, PLATFORMS, structs, VECTOR
+from device_kernels import (
+    check,
+    check_stack,
+    FIRST,
+    LAST,
+    model,
+    PLATFORMS,
+    stacked,
+    structs,
+    VECTOR,
+)
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
 
@@ -23,11 +34,6 @@ from eqquant.kernels.matmul.gpu import supports
 from eqquant.kernels.matmul.gpu.blocks import Blocks, blocks_for, Case
 from eqquant.kernels.matmul.reference import Axes
 from eqquant.tiles import Packing, Tile
-
-
-@pytest.fixture(autouse=True)
-def kernel_by_default(monkeypatch):
-    monkeypatch.setenv("EQQUANT_GPU_KERNEL", "1")
 
 
 blocks = importlib.import_module("eqquant.kernels.matmul.gpu.blocks")
@@ -168,6 +174,19 @@ def test_vmap_folds_the_batch_into_the_rows(interpreted):
     assert interpreted == [((3, 2, 70), (1,))]
 
 
+@pytest.mark.parametrize("format", ["nf4", "nf4 double", "int8", "binary"])
+def test_a_stack_of_matrices(interpreted, format):
+    check_stack(by_kernel, FORMATS[format])
+    assert interpreted == [((3, 2, 128), (2,)), ((3, 2, 64), (1,))]
+
+
+def test_a_weight_of_three_axes(interpreted):
+    x, heads = operands("nf4", (2, 32, 64), LAST, jnp.float32)
+    y = jax.vmap(by_kernel, (None, 0), 1)(x, heads.reshape(4, 8, 64))
+    check(y.reshape(2, 32), x, heads, LAST)
+    assert interpreted == [((2, 64), (2,))]
+
+
 def test_the_backward_pass_goes_by_the_kernel(interpreted):
     x, w = operands("nf4", (2, 33, 70), LAST, jnp.float32)
     ct = jnp.asarray(np.random.default_rng(1).normal(size=(2, 33)), jnp.float32)
@@ -195,12 +214,13 @@ def h200():
 KERNEL = "__gpu$xla.gpu.triton"
 
 
-def large(format: str, dtype: Any, shape: Any = (1024, 2048)) -> Any:
+def large(format: str, dtype: Any, shape: Any = (1024, 2048), **how: Any) -> Any:
     w = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return structs(jax.eval_shape(partial(FORMATS[format], dtype=dtype), w))
+    return structs(jax.eval_shape(partial(FORMATS[format], dtype=dtype, **how), w))
 
 
 lower = partial(device_kernels.lower, platforms=("cuda",))
+dot = partial(device_kernels.dot, implementation="gpu")
 
 
 @each_format
@@ -217,6 +237,35 @@ def test_lowering_for_cuda(h200, format, axes, dtype):
         )
 
 
+@each_orientation
+def test_lowering_of_a_stack(h200, axes):
+    w = stacked(large("nf4", jnp.bfloat16))
+    x = jax.ShapeDtypeStruct((8, 3, w.shape[1 + axes.w_contract[0]]), jnp.bfloat16)
+    contract = ((axes.x_contract, axes.w_contract), ((), ()))
+    with h200():
+        products = eqq.implicit(
+            jax.vmap(partial(jax.lax.dot_general, dimension_numbers=contract)), implementation="gpu"
+        )
+        assert lower(products, x, w).count(KERNEL) == 1
+
+
+@pytest.mark.parametrize(
+    ("sum_of", "shape", "axis", "inputs"),
+    [
+        ("td,dhk->thk", (2048, 16, 64), 0, (3, 2048)),
+        ("td,hkd->thk", (16, 64, 2048), 2, (3, 2048)),
+        ("td,edf->etf", (4, 2048, 512), 1, (3, 2048)),
+        ("etd,efd->etf", (4, 512, 2048), 2, (4, 3, 2048)),
+        ("thk,hkd->td", (16, 64, 1024), 1, (3, 16, 64)),
+    ],
+)
+def test_einsum(h200, sum_of, shape, axis, inputs):
+    w = large("nf4", jnp.bfloat16, shape, axis=axis)
+    product = eqq.implicit(partial(jnp.einsum, sum_of), implementation="gpu")
+    with h200():
+        assert lower(product, jax.ShapeDtypeStruct(inputs, jnp.bfloat16), w).count(KERNEL) == 1
+
+
 @pytest.mark.parametrize("rows", [16, 17, 200])
 def test_lowering_of_many_rows(h200, rows):
     x = jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16)
@@ -225,7 +274,7 @@ def test_lowering_of_many_rows(h200, rows):
 
 
 def test_a_whole_model_for_every_platform(h200):
-    leaves, applied = model(eqq.ArrayNF4.quantize)
+    leaves, applied = model(eqq.ArrayNF4.quantize, "gpu")
     with h200():
         for_all = lower(applied, leaves, VECTOR, platforms=PLATFORMS)
         assert for_all.count(KERNEL) == 3  # one for each layer
@@ -242,7 +291,7 @@ def test_a_whole_model_for_every_platform(h200):
 
 def test_exported_models_hold_no_kernel_unless_asked(h200):
     # Triton's programs are not promised to run with later versions: JAX refuses to export them.
-    leaves, applied = model(eqq.ArrayNF4.quantize)
+    leaves, applied = model(eqq.ArrayNF4.quantize, "gpu")
     export = partial(jax.export.export, jax.jit(applied), platforms=PLATFORMS)
     with h200():
         exported = export()(leaves, VECTOR)
@@ -300,7 +349,7 @@ def test_where_it_is_chosen():
     ) -> str:
         w = large(format, dtype)
         x = jax.ShapeDtypeStruct((rows, w.shape[axes.w_contract[0]]), dtype)
-        names = []
+        names, how = [], dict(preferred="gpu") | how
         jax.eval_shape(
             lambda x, w: names.append(choose("cuda", x, w, axes, jnp.float32, **how)), x, w
         )
@@ -317,15 +366,10 @@ def test_where_it_is_chosen():
     assert chosen("nf4", 17, dtype=jnp.float32) == "fused"
     assert chosen("nf4", 1, plain=True) == "fused"
     x, w = jnp.ones((1, 8)), eqq.ArrayNF4.quantize(jnp.ones((4, 8)))
-    assert choose("cuda", x, w, LAST, jnp.float32) == "fused"  # small
-
-
-def test_it_is_not_the_default(monkeypatch):
-    monkeypatch.delenv("EQQUANT_GPU_KERNEL")
-    w = large("nf4", jnp.bfloat16)
-    x = jax.ShapeDtypeStruct((1, w.shape[1]), jnp.bfloat16)
-    found = eqq.audit(lambda x, w: x @ w.T, x, w, platform="cuda")
-    assert [row.kernel for row in found.rows if row.primitive == "dot_general"] == ["fused"]
+    assert choose("cuda", x, w, LAST, jnp.float32, preferred="gpu") == "fused"  # small
+    assert chosen("nf4", 1, preferred=None) == "fused"
+    assert chosen("nf4", 1, preferred="tiled") == "tiled"
+    assert chosen("nf4", 1, preferred="integer") == chosen("nf4", 1, preferred="tpu") == "fused"
 
 
 class Nibbles(eqq.AbstractScaledArray):
@@ -371,7 +415,7 @@ def test_what_it_does_not_compute():
     assert supports(x, w, LAST, jnp.float32)
     assert not supports(x, w, LAST, jnp.float64)
     assert not supports(x, w, Axes((0, 1), (0, 1), (), ()), jnp.float32)
-    assert not supports(x, w, Axes((1,), (1,), (0,), (0,)), jnp.float32)
+    assert not supports(jnp.ones((4, 8)), w, Axes((1,), (1,), (0,), (0,)), jnp.float32)
     assert not supports(x[:0], w, LAST, jnp.float32)
     assert not supports(
         x[0], eqq.ArrayNF4.quantize(jnp.ones(8)), Axes((0,), (0,), (), ()), jnp.float32
@@ -408,6 +452,41 @@ def test_an_implementation_by_name():
     np.testing.assert_allclose(gradient, jnp.broadcast_to(33.0, x.shape), rtol=1e-5)
 
 
+def by_scan(x: Any, ws: Any) -> Any:
+    return jax.lax.scan(lambda x, w: (jax.jit(jnp.matmul)(w, x), None), x, ws)[0]
+
+
+@pytest.mark.parametrize(
+    ("preferred", "chosen"), {"reference": "reference", "gpu": "tiled", "tables": "tiled"}.items()
+)
+def test_a_preferred_implementation(preferred, chosen):
+    # Inside of loops and compiled functions, and in derivatives.
+    ws = eqq.ArrayNF4.quantize(jnp.asarray(np.random.default_rng(0).normal(size=(3, 32, 32))))
+    x = jnp.ones(32)
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(name: Any, x: Any, ws: Any) -> Any:
+        return jax.grad(lambda x: eqq.implicit(by_scan, implementation=name)(x, ws).sum())(x)
+
+    usual, text = gradient(None, x, ws), gradient.lower(preferred, x, ws).as_text(debug_info=True)
+    assert {chosen} == set(re.findall(r"quantized_dot_general_(\w+)", text))
+    np.testing.assert_allclose(gradient(preferred, x, ws), usual, rtol=1e-4)
+
+
+def test_a_preference_goes_with_the_weights():
+    x, w = operands("nf4", (2, 33, 70), LAST, jnp.float32)
+
+    def kernels(f: Any) -> list[str]:
+        return [row.kernel for row in eqq.audit(f).rows if row.kernel]
+
+    inner = partial(device_kernels.dot, x, implementation="fused")
+    assert kernels(lambda: inner(w)) == ["fused"]
+    assert kernels(lambda: eqq.implicit(inner, implementation="reference")(w)) == ["reference"]
+    assert kernels(lambda: eqq.implicit(inner)(w)) == ["tiled"]  # `inner` sees no quantized array
+    with pytest.raises(ValueError, match="implementation must be 'reference', .*it is 'quick'"):
+        device_kernels.dot(x, w, "quick")
+
+
 def test_an_implementation_that_does_not_serve():
     x, w = operands("nf4", (2, 33, 70), LAST, jnp.float32)
     run = partial(quantized_dot_general, x, w, (((1,), (1,)), ((), ())))
@@ -430,9 +509,17 @@ def test_an_implementation_that_does_not_serve():
 def test_the_audit_names_the_kernel():
     linear = eqq.quantize(eqx.nn.Linear(1024, 1024, key=jax.random.key(0)), eqq.ArrayNF4.quantize)
     x = jnp.ones(1024)
-    for platform, kernel in ((None, "tiled"), ("cpu", "tiled"), ("cuda", "gpu"), ("tpu", "fused")):
-        found = eqq.audit(linear, x, platform=platform)
-        assert [row.kernel for row in found.rows] == [kernel]
-        assert kernel in str(found)
+    by_default = {None: "tiled", "cpu": "tiled", "cuda": "fused", "tpu": "fused"}
+    for preferred, kernels in {
+        None: by_default,
+        "gpu": by_default | {"cuda": "gpu"},
+        "tpu": by_default | {"tpu": "tpu"},
+        "reference": dict.fromkeys(by_default, "reference"),
+    }.items():
+        for platform, kernel in kernels.items():
+            model = eqq.implicit(linear, implementation=preferred)
+            found = eqq.audit(model, x, platform=platform)
+            assert [row.kernel for row in found.rows] == [kernel]
+            assert kernel in str(found)
     found = eqq.audit(lambda x: linear.weight.T, x)
     assert [row.kernel for row in found.rows] == [""]

@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from device_kernels import check, dot, FIRST, LAST, model, PLATFORMS, structs, VECTOR
+from device_kernels import (
+    check,
+    check_stack,
+    FIRST,
+    LAST,
+    model,
+    PLATFORMS,
+    stacked,
+    structs,
+    VECTOR,
+)
 from jax.experimental import mesh_utils
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
@@ -36,11 +46,6 @@ FORMATS = {
     "nf4 by columns": lambda w, **how: eqq.column_major(eqq.ArrayNF4.quantize(w, **how)),
 }
 KERNEL = "tpu_custom_call"
-
-
-@pytest.fixture
-def kernel_by_default(monkeypatch):
-    monkeypatch.setenv("EQQUANT_TPU_KERNEL", "1")
 
 
 def nf4(shape: Any, axis: int, block_size: int = 64, dtype: Any = jnp.bfloat16, **how: Any) -> Any:
@@ -112,6 +117,12 @@ def test_vmap_and_derivatives(interpreted):
     assert len(interpreted) == 1
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_stack_of_matrices(interpreted, axis):
+    check_stack(partial(by_kernel, axis=axis), eqq.ArrayNF4.quantize, axis)
+    assert interpreted == [((3, 2, (64, 128)[axis]), (1 + axis,))]
+
+
 # ----------------------------------------------------------------------------------- lowering
 
 
@@ -121,6 +132,7 @@ def large(dtype: Any = jnp.bfloat16, shape: Any = (1024, 2048), **how: Any) -> A
 
 
 lower = partial(device_kernels.lower, platforms=("tpu",))
+dot = partial(device_kernels.dot, implementation="tpu")
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -132,6 +144,13 @@ def test_lowering(axis, dtype):
     assert lower(partial(by_kernel, axis=axis), x, w).count(KERNEL) == 1
     with jax.enable_x64(True):
         assert lower(partial(by_kernel, axis=axis), x, w).count(KERNEL) == 1
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_lowering_of_a_stack(axis):
+    w = stacked(large(axis=axis))
+    x = jax.ShapeDtypeStruct((8, 3, w.shape[1 + axis]), jnp.bfloat16)
+    assert lower(jax.vmap(partial(by_kernel, axis=axis)), x, w).count(KERNEL) == 1
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -149,8 +168,8 @@ def test_a_whole_model_by_xla(format):
 
 
 @pytest.mark.parametrize("format", ["nf4", "nf4 by columns"])
-def test_a_whole_model_by_the_kernel(kernel_by_default, format):
-    leaves, applied = model(FORMATS[format])
+def test_a_whole_model_by_the_kernel(format):
+    leaves, applied = model(FORMATS[format], "tpu")
     export = partial(jax.export.export, jax.jit(applied))
     for platforms in (("tpu",), PLATFORMS):
         assert lower(applied, leaves, VECTOR, platforms=platforms).count(KERNEL) == 3  # layers
@@ -159,13 +178,13 @@ def test_a_whole_model_by_the_kernel(kernel_by_default, format):
     assert KERNEL not in lower(applied, leaves, VECTOR, platforms=("cpu", "cuda"))
 
 
-def test_older_tpus_get_what_xla_makes(kernel_by_default, monkeypatch):
+def test_older_tpus_get_what_xla_makes(monkeypatch):
     older = type("Device", (), {"device_kind": "TPU v4"})
     monkeypatch.setattr(jax, "local_devices", lambda backend: [older])
     assert KERNEL not in lower(dot, jax.ShapeDtypeStruct((1, 2048), jnp.bfloat16), large())
 
 
-def test_what_is_split_over_devices_goes_by_xla(kernel_by_default):
+def test_what_is_split_over_devices_goes_by_xla():
     mesh = Mesh(mesh_utils.create_device_mesh((4,), jax.devices()[:4]), ("d",))
     x, w = jax.ShapeDtypeStruct((4, 2048), jnp.bfloat16), large()
     split = jax.NamedSharding(mesh, PartitionSpec("d"))
@@ -174,7 +193,7 @@ def test_what_is_split_over_devices_goes_by_xla(kernel_by_default):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_in_shard_map_each_device_has_a_kernel(kernel_by_default, check_vma):
+def test_in_shard_map_each_device_has_a_kernel(check_vma):
     x, w = jax.ShapeDtypeStruct((4, 2048), jnp.bfloat16), large()
     mesh = AbstractMesh((4,), ("d",), (AxisType.Auto,))
     specs = (PartitionSpec("d"), jax.tree.map(lambda _: PartitionSpec(), w))
@@ -188,10 +207,10 @@ def test_in_shard_map_each_device_has_a_kernel(kernel_by_default, check_vma):
 # ------------------------------------------------------------------------------------- choice
 
 
-def test_where_it_is_chosen(kernel_by_default):
+def test_where_it_is_chosen():
     def chosen(w: Any, rows: int = 1, axes: Axes = LAST, platform: str = "tpu", **how: Any) -> str:
         x = jax.ShapeDtypeStruct((rows, w.shape[axes.w_contract[0]]), w.dtype)
-        names = []
+        names, how = [], dict(preferred="tpu") | how
         jax.eval_shape(
             lambda x, w: names.append(choose(platform, x, w, axes, jnp.float32, **how)), x, w
         )
@@ -201,19 +220,7 @@ def test_where_it_is_chosen(kernel_by_default):
     assert chosen(large(axis=0), axes=FIRST) == "tpu"
     assert chosen(large(), 257) == chosen(large(), plain=True) == "fused"
     assert chosen(large(), axes=FIRST) == chosen(large(shape=(64, 64))) == "fused"
-    assert chosen(large(), platform="cuda") == "fused"
-
-
-def test_it_is_not_the_default():
-    x = jax.ShapeDtypeStruct((1, 2048), jnp.bfloat16)
-    found = eqq.audit(dot, x, large(), platform="tpu")
-    assert [row.kernel for row in found.rows if row.primitive == "dot_general"] == ["fused"]
-
-
-def test_the_audit_names_it(kernel_by_default):
-    x = jax.ShapeDtypeStruct((1, 2048), jnp.bfloat16)
-    found = eqq.audit(dot, x, large(), platform="tpu")
-    assert [row.kernel for row in found.rows if row.primitive == "dot_general"] == ["tpu"]
+    assert chosen(large(), platform="cuda") == chosen(large(), preferred=None) == "fused"
 
 
 def test_what_it_does_not_compute():

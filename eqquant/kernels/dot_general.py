@@ -15,17 +15,17 @@ from jax import Array, lax
 from .. import _compat
 from .._array import AbstractScaledArray
 from .._compat import ad, batching, mlir
-from .._dispatch import note_kernel
+from .._dispatch import note_kernel, preferred_implementation
 from ..tiles import spread
-from .matmul.choice import check, check_lowering, choose, computes, IMPLEMENTATIONS
+from .matmul.choice import check, check_lowering, check_name, choose, computes, IMPLEMENTATIONS
 from .matmul.integer import DIGITS, rounded_rows
 from .matmul.reference import Axes
 
 
 quantized_dot_general_p = _compat.Primitive("quantized_dot_general")
 """Operands: `x`, then the leaves of `w`. Parameters: the treedef of `w`, those of `lax.dot_general`,
-how many 8-bit digits the rows of `x` have, if they are integers up to a factor, and the name of the
-implementation, or None. Result: batch axes, free axes of `x`, free axes of `w`."""
+how many 8-bit digits the rows of `x` have, if they are integers up to a factor, the name of the
+implementation, or None, and that of the preferred one, or None. Result: batch axes, free axes of `x`, free axes of `w`."""
 
 
 def quantized_dot_general(
@@ -44,7 +44,8 @@ def quantized_dot_general(
     - `x`: a floating-point array. If `w.activations` is `"int8"`, it is rounded: the numbers that are
         summed up together share a scale, the largest magnitude over 127.
     - `w`: the quantized operand; all others as in `jax.lax.dot_general`.
-    - `implementation`: by default the one that serves best where the program runs. One of them by name,
+    - `implementation`: by default the one that serves best where the program runs, or that
+        [`implicit`][eqquant.implicit] was given. One of them by name,
         `"reference"`, `"fused"`, `"tiled"`, `"integer"`, `"tables"`, `"gpu"` or `"tpu"`, also computes
         the derivative in `x`, where it can.
 
@@ -70,6 +71,8 @@ def quantized_dot_general(
     axes, digits = Axes.of(dimension_numbers), DIGITS
     out_dtype = _out_dtype(x, w, preferred_element_type)
     explicit = _compat.has_explicit_axes(x, *leaves)
+    preferred = preferred_implementation()
+    check_name(preferred)
     if implementation is not None:
         check(implementation, x, w, axes, _accumulate_dtype(x, w, out_dtype))
         if explicit:
@@ -84,10 +87,9 @@ def quantized_dot_general(
         # Shardings are part of the types here: let JAX's own dot check and propagate them.
         return jax.checkpoint(partial(_explicit, **params, out_sharding=out_sharding))(x, *leaves)
     accumulate = _accumulate_dtype(x, w, out_dtype)
-    note_kernel(
-        lambda platform: implementation or choose(platform, x, w, axes, accumulate, digits=digits)
-    )
-    params |= dict(digits=digits, implementation=implementation)
+    how: dict[str, Any] = dict(digits=digits, preferred=preferred)
+    note_kernel(lambda platform: implementation or choose(platform, x, w, axes, accumulate, **how))
+    params |= how | dict(implementation=implementation)
     return quantized_dot_general_p.bind(x, *leaves, **params)
 
 
@@ -109,6 +111,7 @@ def _compute(
     out_dtype: Any,
     digits: int,
     implementation: str | None,
+    preferred: str | None,
     platform: str | None = None,
     plain: bool = True,
 ) -> Array:
@@ -116,7 +119,8 @@ def _compute(
     accumulate = _accumulate_dtype(x, w, out_dtype)
     if implementation is not None:
         check(implementation, x, w, axes, accumulate)  # vmap may have added axes
-    name = implementation or choose(platform, x, w, axes, accumulate, digits=digits, plain=plain)
+    how: dict[str, Any] = dict(digits=digits, preferred=preferred, plain=plain)
+    name = implementation or choose(platform, x, w, axes, accumulate, **how)
     options: dict[str, Any] = dict(axes=axes, precision=precision, accumulate=accumulate)
     if name == "integer":
         options["digits"] = digits
@@ -234,6 +238,7 @@ def _transpose(
     out_dtype: Any,
     digits: int,
     implementation: str | None,
+    preferred: str | None,
 ) -> list[Any]:
     nothing = [None] * len(leaves)
     if type(ct) is ad.Zero:
@@ -260,6 +265,7 @@ def _transpose(
         out_dtype=x_aval.dtype,
         digits=DIGITS,
         implementation=implementation,
+        preferred=preferred,
     )
     of_w = dict(zip(axes.w_contract, axes.x_contract, strict=True))
     order = [*axes.x_batch, *x_free, *(of_w[axis] for axis in sorted(axes.w_contract))]
@@ -286,6 +292,7 @@ def _transpose_leaves(
             out_dtype=out_dtype,
             digits=DIGITS,
             implementation="tiled",
+            preferred=None,
         )
 
     zeros = [jnp.zeros(leaves[i].aval.shape, leaves[i].aval.dtype) for i in linear]

@@ -1,6 +1,5 @@
 """Which implementation computes a product: a function of what is known when it is lowered."""
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,9 +32,8 @@ SUPPORTS = {
     "tpu": supports_tpu,
 }
 PLATFORMS = {"gpu": ("cuda", "gpu"), "tpu": ("tpu",)}
+"""Where those run that do not run everywhere. Neither is chosen unless preferred: they have not run on a device yet."""
 PAYS = {"gpu": pays_on_gpu, "tpu": pays_on_tpu}
-SWITCHES = {"gpu": "EQQUANT_GPU_KERNEL", "tpu": "EQQUANT_TPU_KERNEL"}
-"""The environment variables that make a kernel the default where it runs. Neither has run on a device yet."""
 
 
 def choose(
@@ -47,25 +45,26 @@ def choose(
     *,
     digits: int = DIGITS,
     plain: bool = False,
+    preferred: str | None = None,
 ) -> str:
     """The name of the implementation that serves best: on `"cpu"`, `"cuda"`, `"tpu"`, or on any other platform.
 
-    With `plain`, one of operations that XLA can split over devices and that run on every device.
+    With `plain`, one of operations that XLA can split over devices and that run on every device. `preferred` wins
+    where it runs, computes the product and pays.
     """
+    if (
+        preferred is not None
+        and (preferred not in PLATFORMS or (platform in PLATFORMS[preferred] and not plain))
+        and computes(preferred, x, w, axes, accumulate)
+        and (preferred not in PAYS or PAYS[preferred](x, w, axes))
+    ):
+        return preferred
     if digits == 1 and supports_integer(x, w, axes, accumulate):
         return "integer"
     if plain:
         return "fused"
     if platform == "cpu":
         return cpu.choose(x, w, axes, accumulate)
-    for name, platforms in PLATFORMS.items():
-        if (
-            platform in platforms
-            and os.environ.get(SWITCHES[name]) == "1"
-            and computes(name, x, w, axes, accumulate)
-            and PAYS[name](x, w, axes)
-        ):
-            return name
     return "fused"
 
 
@@ -76,14 +75,19 @@ def computes(name: str, x: Any, w: AbstractScaledArray, axes: Axes, accumulate: 
 
 def check(name: str, x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> None:
     """Raises `ValueError` unless there is an implementation of this name that computes this product."""
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be {_names(IMPLEMENTATIONS)}; it is {name!r}.")
+    check_name(name)
     if not computes(name, x, w, axes, accumulate):
         able = [other for other in IMPLEMENTATIONS if computes(other, x, w, axes, accumulate)]
         raise ValueError(
             f"implementation={name!r} does not compute the product of {x.dtype}{list(x.shape)} with "
             f"{type(w).__name__} {w.dtype}{list(w.shape)} along {axes.w_contract}; {_names(able)} would."
         )
+
+
+def check_name(name: str | None) -> None:
+    """Raises `ValueError` unless there is an implementation of this name, or it is None."""
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be {_names(IMPLEMENTATIONS)}; it is {name!r}.")
 
 
 def check_lowering(name: str, platform: str | None, plain: bool) -> None:

@@ -44,6 +44,21 @@ class Axes(NamedTuple):
             return self.w_batch.index(w_axis)
         return x_ndim - len(self.x_contract) + self.w_free(w_ndim).index(w_axis)
 
+    def without(self, x_axis: int | None, w_axis: int) -> "Axes":
+        """Those of each product, if it is mapped over these axes."""
+
+        def left(axes: tuple[int, ...], gone: int | None) -> tuple[int, ...]:
+            if gone is None:
+                return axes
+            return tuple(axis - (axis > gone) for axis in axes if axis != gone)
+
+        return Axes(
+            left(self.x_contract, x_axis),
+            left(self.w_contract, w_axis),
+            left(self.x_batch, x_axis),
+            left(self.w_batch, w_axis),
+        )
+
     def output_shape(self, x: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
         """The shape of the result, from those of the operands."""
         axes_of_x = [*self.x_batch, *self.x_free(len(x))]

@@ -1,7 +1,6 @@
 """What the kernel computes, and where it serves."""
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jax import Array
 
 from ...._array import AbstractScaledArray
 from ....tiles import Leaf, spread
+from ..matrices import by_matrices, holds_for_matrices
 from ..reference import Axes
 from .blocks import Blocks, blocks_for, Case, MAX_ROWS, splits_for
 
@@ -24,30 +24,27 @@ MIN_SIZE = 1 << 20
 
 
 def supports(x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
-    """Whether `gpu` computes this product: with a matrix, along one of its axes, that decodes number by
-    number."""
+    """Whether `gpu` computes this product: with matrices that decode number by number."""
     floats = (jnp.bfloat16, jnp.float16, jnp.float32)
     return (
-        w.ndim == 2
-        and len(axes.w_contract) == 1
-        and not axes.w_batch
-        and jnp.dtype(accumulate) == jnp.float32
+        jnp.dtype(accumulate) == jnp.float32
         and x.dtype in floats
         and w.dtype in floats
-        and math.prod(x.shape) * w.size > 0
-        and max(math.prod(x.shape), w.size) < 2**31
-        and _decodes(w)
+        and max(x.size, w.size) < 2**31
+        and holds_for_matrices(lambda x, w, axis: _decodes(w), x, w, axes)
     )
 
 
 def pays(x: Any, w: AbstractScaledArray, axes: Axes) -> bool:
     """Whether XLA makes the weight dense, and there are few enough rows for that to matter."""
-    (axis,) = axes.w_contract
-    scale = w.leaves().get("scale")
-    left_to_xla = w.packing is None and (scale is None or _leaves_the_sum(scale, axis))
-    rows = math.prod(x.shape) // w.shape[axis]
-    most = MAX_ROWS_IN_32_BITS if _dtype(x, w) == jnp.float32 else MAX_ROWS_IN_16_BITS
-    return not left_to_xla and rows <= most and w.size >= MIN_SIZE
+
+    def needs_a_kernel(x: Any, w: AbstractScaledArray, axis: int) -> bool:
+        scale = w.leaves().get("scale")
+        left_to_xla = w.packing is None and (scale is None or _leaves_the_sum(scale, axis))
+        most = MAX_ROWS_IN_32_BITS if _dtype(x, w) == jnp.float32 else MAX_ROWS_IN_16_BITS
+        return not left_to_xla and len(x) <= most
+
+    return w.size >= MIN_SIZE and holds_for_matrices(needs_a_kernel, x, w, axes)
 
 
 def gpu(
@@ -67,15 +64,29 @@ def gpu(
     What is multiplied is rounded as the dense product would be, to the common dtype of `x` and `w`; float32
     is not rounded, whatever the `precision`. `device` and `blocks` say how it is cut; `interpret` runs it anywhere.
     """
+
+    def of_matrix(x: Array, matrix: AbstractScaledArray, axis: int) -> Array:
+        copies = w.size // matrix.size
+        return _of_matrix(x, matrix, axis, copies, device, blocks, interpret)
+
+    return by_matrices(of_matrix, x, w, axes)
+
+
+def _of_matrix(
+    rows: Array,
+    w: AbstractScaledArray,
+    axis: int,
+    copies: int,
+    device: str | None,
+    blocks: Blocks | None,
+    interpret: bool,
+) -> Array:
+    """The product with one of so many matrices."""
     from .kernel import Problem, product, Side
 
-    (x_axis,), (axis,) = axes.x_contract, axes.w_contract
-    x = jnp.moveaxis(x, x_axis, -1)
-    batch, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    w = w.unnested()
     payload = w.payload_leaf
     scale, factors = w.leaves().get("scale"), None
-    dtype = _dtype(x, w)
+    dtype = _dtype(rows, w)
     if scale is not None and scale.is_constant_along(axis):
         # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.
         factors, scale = spread(scale, [1 - axis]).reshape(-1), None
@@ -93,7 +104,7 @@ def gpu(
         blocks = blocks_for(case, device)
     inputs = Side.of(payload, scale, axis, blocks.inputs)
     outputs = Side.of(payload, scale, 1 - axis, blocks.outputs)
-    programs = -(-len(rows) // blocks.rows) * -(-outputs.stored // outputs.block)
+    programs = copies * -(-len(rows) // blocks.rows) * -(-outputs.stored // outputs.block)
     problem = Problem(
         rows=len(rows),
         inputs=inputs,
@@ -112,9 +123,7 @@ def gpu(
     )
     y = product(rows.astype(dtype), w, None if scale is None else scale.array, problem)
     y = jnp.sum(y, axis=0)
-    if factors is not None:
-        y = y * factors
-    return y.reshape(*batch, w.shape[1 - axis])
+    return y if factors is None else y * factors
 
 
 def case_of(rows: int, w: AbstractScaledArray, axis: int, dtype: Any) -> Case:

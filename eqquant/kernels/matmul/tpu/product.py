@@ -1,6 +1,6 @@
 """What the kernel computes, and where it serves."""
 
-import math
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from jax import Array
 
 from ...._array import AbstractScaledArray
 from ....tiles import Leaf, spread
+from ..matrices import by_matrices, holds_for_matrices
 from ..reference import Axes
 
 
@@ -17,35 +18,36 @@ MIN_SIZE = 1 << 20
 
 
 def supports(x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
-    """Whether `tpu` computes this product: with a matrix of sixteen levels, along the axis that it is packed
+    """Whether `tpu` computes this product: with matrices of sixteen levels, along the axis that they are packed
     along, where scales change from one register to the next, but not within one."""
     floats = (jnp.bfloat16, jnp.float32)
-    if (
-        w.ndim != 2
-        or w.codebook is None
-        or w.packing is None
-        or len(axes.w_contract) != 1
-        or axes.w_batch
-        or w.packing.axis % 2 != axes.w_contract[0]
-    ):
+    return (
+        jnp.dtype(accumulate) == jnp.float32
+        and x.dtype in floats
+        and w.dtype in floats
+        and max(x.size, w.size) < 2**31
+        and holds_for_matrices(_looks_up, x, w, axes)
+    )
+
+
+def _looks_up(x: Any, w: AbstractScaledArray, axis: int) -> bool:
+    """Whether whole registers of codes share a scale, output by output."""
+    if w.codebook is None or w.packing is None or w.packing.axis % 2 != axis:
         return False
     bytes_per_scale = _bytes_per_scale(w)
     bytes_per_register = 8 if w.packing.axis == -1 else 32
-    return (
-        _is_power_of_2(w.packing.tile.stored, bytes_per_register)
-        and (bytes_per_scale is None or _is_power_of_2(bytes_per_scale, bytes_per_register))
-        and jnp.dtype(accumulate) == jnp.float32
-        and x.dtype in floats
-        and w.dtype in floats
-        and math.prod(x.shape) * w.size > 0
-        and max(math.prod(x.shape), w.size) < 2**31
+    return _is_power_of_2(w.packing.tile.stored, bytes_per_register) and (
+        bytes_per_scale is None or _is_power_of_2(bytes_per_scale, bytes_per_register)
     )
 
 
 def pays(x: Any, w: AbstractScaledArray, axes: Axes) -> bool:
     """Whether the weight is large, and each one is decoded once."""
-    rows = math.prod(x.shape) // w.shape[axes.w_contract[0]]
-    return rows <= MAX_ROWS and w.size >= MIN_SIZE
+
+    def has_few_rows(x: Any, w: AbstractScaledArray, axis: int) -> bool:
+        return len(x) <= MAX_ROWS
+
+    return w.size >= MIN_SIZE and holds_for_matrices(has_few_rows, x, w, axes)
 
 
 def tpu(
@@ -63,12 +65,13 @@ def tpu(
     What is multiplied is rounded as the dense product would be, to the common dtype of `x` and `w`; float32
     is not rounded, whatever the `precision`. `interpret` runs it anywhere: True, or Pallas's `InterpretParams`.
     """
+    return by_matrices(partial(_of_matrix, interpret=interpret), x, w, axes)
+
+
+def _of_matrix(rows: Array, w: AbstractScaledArray, axis: int, *, interpret: Any) -> Array:
     from .kernel import product
 
-    (x_axis,), (axis,) = axes.x_contract, axes.w_contract
-    x = jnp.moveaxis(x, x_axis, -1).astype(jnp.promote_types(x.dtype, w.dtype))
-    batch, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    w = w.unnested()
+    rows = rows.astype(jnp.promote_types(rows.dtype, w.dtype))
     packing, levels, scale = w.packing, w.codebook, w.leaves().get("scale")
     assert packing is not None and levels is not None  # says `supports`
     factors = scales = None
@@ -91,9 +94,7 @@ def tpu(
         sum_last=axis == 1,
         interpret=interpret,
     )
-    if factors is not None:
-        y = y * factors
-    return y.reshape(*batch, w.shape[1 - axis])
+    return y if factors is None else y * factors
 
 
 def _bytes_per_scale(w: AbstractScaledArray) -> int | None:

@@ -1,0 +1,95 @@
+"""A product of any rank as products of matrices, for kernels that compute no others."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import Array, lax
+
+from ..._array import AbstractScaledArray
+from ...tiles import reshape, Unaligned
+from .reference import Axes
+
+
+def by_matrices(
+    product: Callable[[Array, AbstractScaledArray, int], Array],
+    x: Array,
+    w: AbstractScaledArray,
+    axes: Axes,
+) -> Array:
+    """A product with axes as `reference` has them, by `product(x, w, axis)` of a matrix (rows, inputs) and a
+    quantized one, summed over that axis of it: a matrix (rows, outputs).
+
+    Neighbouring axes of `w` of the same kind become one; over the others `product` is mapped.
+
+    **Raises:** `Unaligned` if `w` cannot be seen as a matrix or a stack of them.
+    """
+    if axes.w_batch:
+        return _mapped(product, x, w, axes, axes.x_batch[0], axes.w_batch[0], out=0)
+    is_summed = [axis in axes.w_contract for axis in range(w.ndim)]
+    kinds = [kind for kind, _ in itertools.groupby(is_summed)]
+    if kinds == [False, True, False]:
+        return _mapped(product, x, w, axes, None, 0, out=len(axes.x_free(x.ndim)))
+    if sorted(kinds) != [False, True]:
+        raise Unaligned
+    inputs = [i for _, i in sorted(zip(axes.w_contract, axes.x_contract, strict=True))]
+    x = lax.transpose(x, [*axes.x_free(x.ndim), *inputs])
+    batch = x.shape[: x.ndim - len(inputs)]
+    outputs = [w.shape[axis] for axis in axes.w_free(w.ndim)]
+    sizes = math.prod(outputs), math.prod(w.shape) // math.prod(outputs)
+    w = w.unnested()
+    if w.ndim > 2:
+        matrix = sizes if kinds[1] else sizes[::-1]
+        w = w.with_leaves({name: reshape(leaf, matrix) for name, leaf in w.leaves().items()})
+    return product(x.reshape(-1, sizes[1]), w, int(kinds[1])).reshape(*batch, *outputs)
+
+
+def _mapped(
+    product: Any, x: Array, w: AbstractScaledArray, axes: Axes, x_axis: Any, axis: int, out: int
+) -> Array:
+    """`by_matrices` for each entry of `axis` of `w`, and of `x_axis` of `x` unless that is None."""
+    w = w.unnested()
+    if w.packing is not None and w.packing.axis % w.ndim <= axis:
+        raise Unaligned  # the packed axis is counted from the end
+    leaves, treedef = jtu.tree_flatten(w)
+    length = w.shape[axis]
+    shared = [leaf.shape[axis] != length for leaf in leaves]  # one scale for all
+    if any(one and leaf.shape[axis] != 1 for leaf, one in zip(leaves, shared, strict=True)):
+        raise Unaligned  # blocks of scales
+    leaves = [
+        lax.squeeze(leaf, (axis,)) if one else leaf
+        for leaf, one in zip(leaves, shared, strict=True)
+    ]
+    rest = axes.without(x_axis, axis)
+
+    def each(x: Array, *leaves: Array) -> Array:
+        return by_matrices(product, x, jtu.tree_unflatten(treedef, leaves), rest)
+
+    in_axes = (x_axis, *(None if one else axis for one in shared))
+    return jax.vmap(each, in_axes, out)(x, *leaves)
+
+
+def holds_for_matrices(
+    condition: Callable[[Any, AbstractScaledArray, int], bool],
+    x: Any,
+    w: AbstractScaledArray,
+    axes: Axes,
+) -> bool:
+    """Whether `by_matrices` computes this product, and the condition holds for what its `product` is given."""
+    if x.size == 0 or w.size == 0:
+        return False
+    found: list[bool] = []
+
+    def product(x: Array, w: AbstractScaledArray, axis: int) -> Array:
+        found.append(condition(x, w, axis))
+        return jnp.zeros((len(x), w.shape[1 - axis]))
+
+    try:
+        jax.eval_shape(lambda x, w: by_matrices(product, x, w, axes), x, w)
+    except Unaligned:
+        return False
+    return all(found)

@@ -1,0 +1,93 @@
+"""Products of any rank, as products of matrices."""
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import eqquant as eqq
+from eqquant.kernels.matmul.matrices import by_matrices, holds_for_matrices
+from eqquant.kernels.matmul.reference import Axes, reference
+from eqquant.tiles import Unaligned
+
+
+FORMATS = {
+    "nf4": partial(eqq.ArrayNF4.quantize, block_size=8),
+    "nf4 double": partial(eqq.ArrayNF4.quantize, block_size=8, double=True),
+    "int8": eqq.Array8B.quantize,
+    "int8 in blocks": partial(eqq.Array8B.quantize, block_size=8),
+    "binary": partial(eqq.Array1B.quantize, levels="binary"),
+}
+# The shapes of x, of w, those that are summed over, those of the batch; and into how many matrices w is taken apart.
+PRODUCTS = {
+    "matrix": ((3, 32), (5, 32), ((1, 1),), (), 1),
+    "vector": ((32,), (5, 32), ((0, 1),), (), 1),
+    "rows of any rank": ((2, 32, 3), (32, 6), ((1, 0),), (), 1),
+    "outputs of any rank": ((3, 32), (2, 5, 32), ((1, 2),), (), 1),
+    "heads": ((3, 32), (32, 4, 8), ((1, 0),), (), 1),
+    "from heads": ((3, 4, 8), (4, 8, 6), ((1, 0), (2, 1)), (), 1),
+    "in another order": ((3, 8, 4), (4, 8, 6), ((1, 1), (2, 0)), (), 1),
+    "batch": ((4, 3, 32), (4, 5, 32), ((2, 2),), ((0, 0),), 4),
+    "batch of two axes": ((3, 2, 32, 4), (2, 4, 5, 32), ((2, 3),), ((1, 0), (3, 1)), 8),
+    "batch of x elsewhere": ((3, 32, 4), (4, 32, 6), ((1, 1),), ((2, 0),), 4),
+    "one input, many weights": ((3, 32), (4, 32, 6), ((1, 1),), (), 4),
+    "batch, many weights": ((2, 3, 32), (2, 4, 32, 6), ((2, 2),), ((0, 0),), 8),
+}
+
+
+def operands(case: str, how: Any) -> tuple[Any, Any, Axes]:
+    """With blocks along the last summed axis of the weight."""
+    x_shape, w_shape, summed, batch, _ = PRODUCTS[case]
+    axes = Axes(*(tuple(pair[i] for pair in pairs) for pairs in (summed, batch) for i in (0, 1)))
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (x_shape, w_shape))
+    return x, how(w, axis=max(axes.w_contract)), axes
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_by_matrices(case, format):
+    x, w, axes = operands(case, FORMATS[format])
+    sizes = []
+
+    def product(x: Any, w: Any, axis: int) -> Any:
+        sizes.append(w.size)
+        assert w.shape[axis] == x.shape[1]
+        return lax.dot_general(x, w.materialize(), (((1,), (axis,)), ((), ())))
+
+    y = by_matrices(product, x, w, axes)
+    want = reference(x, w, axes=axes, precision=None, accumulate=jnp.float32)
+    assert y.shape == want.shape
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    assert sizes == [w.size // PRODUCTS[case][-1]]
+    assert holds_for_matrices(lambda x, w, axis: True, x, w, axes)
+    assert not holds_for_matrices(lambda x, w, axis: False, x, w, axes)
+
+
+OF_STACK = Axes((2,), (2,), (0,), (0,))
+NO_MATRICES = {
+    "packed along the batch": ((4, 2, 32), (4, 5, 32), 0, OF_STACK),
+    "packed along what is mapped": ((2, 6), (4, 6, 5), 0, Axes((1,), (1,), (), ())),
+    "outputs in between": ((4, 32), (4, 6, 32), 2, Axes((0, 1), (0, 2), (), ())),
+    "tiles that would be torn": ((3, 4, 8), (4, 8, 6), 1, Axes((1, 2), (0, 1), (), ())),
+    "no outputs": ((2, 32), (32,), 0, Axes((1,), (0,), (), ())),
+    "nothing": ((0, 2, 32), (0, 5, 32), 2, OF_STACK),
+}
+
+
+@pytest.mark.parametrize("case", NO_MATRICES)
+def test_no_matrices(case):
+    x_shape, w_shape, axis, axes = NO_MATRICES[case]
+    x, w = jnp.ones(x_shape), eqq.Array1B.quantize(jnp.ones(w_shape), axis=axis)
+    assert not holds_for_matrices(lambda x, w, axis: True, x, w, axes)
+    if w.size:
+        with pytest.raises(Unaligned):
+            by_matrices(lambda x, w, axis: pytest.fail("no matrix"), x, w, axes)
+
+
+def test_blocks_along_the_batch():
+    w = eqq.Array8B.quantize(jnp.ones((4, 5, 32)), axis=0, block_size=2)
+    assert not holds_for_matrices(lambda x, w, axis: True, jnp.ones((4, 2, 32)), w, OF_STACK)
