@@ -30,7 +30,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import eqquant as eqq
 from eqquant.kernels import quantized_dot_general
-from eqquant.kernels.matmul import choose, tpu
+from eqquant.kernels.matmul import choose, fused, tpu
 from eqquant.kernels.matmul.reference import Axes
 from eqquant.kernels.matmul.tpu import supports
 
@@ -123,6 +123,16 @@ def test_a_stack_of_matrices(interpreted, axis):
     assert interpreted == [((3, 2, (64, 128)[axis]), (1 + axis,))]
 
 
+@pytest.mark.parametrize("axes", [LAST, FIRST])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_levels_that_are_chosen_bit_by_bit(axis, axes):
+    w = nf4((64, 96), axis, dtype=jnp.float32)
+    x = inputs(3, w, axes)
+    run = partial(fused, axes=axes, precision=None, accumulate=jnp.float32, select=True)
+    check(run(x, w), x, w, axes)
+    assert "gather" not in str(jax.make_jaxpr(run)(x, w))
+
+
 # ----------------------------------------------------------------------------------- lowering
 
 
@@ -158,6 +168,7 @@ def test_a_whole_model_by_xla(format):
     leaves, applied = model(FORMATS[format])
     text = lower(applied, leaves, VECTOR)
     assert "custom_call" not in text
+    assert "gather" not in text or format == "nf4 double"  # of whose scales
     # Nothing has as many elements as a weight, except where each one is stored by itself.
     shapes = re.findall(r"tensor<([\dx]+)x[a-z]\w+>", text)
     most = max(math.prod(map(int, shape.split("x"))) for shape in shapes)

@@ -126,6 +126,7 @@ def _compute(
         options["digits"] = digits
     if name == "fused":
         options["half"] = platform != "cpu"  # where XLA cannot multiply bfloat16 in every layout
+        options["select"] = platform == "tpu"  # where XLA writes the weight that it looked up
     if name == "gpu":
         options["device"] = _compat.gpu_kind()
     with jax.named_scope(f"quantized_dot_general_{name}"):

@@ -30,15 +30,17 @@ def fused(
     weight_first: bool = False,
     half: bool = True,
     isolated: bool = False,
+    select: bool = False,
 ) -> Array:
     """As `reference`, on the unscaled values of `w` where the scale can leave the sum.
 
     The operands of the dot are of `accumulate`; with `half` they are of the dtype of `x` where that has 16
     bits and what is multiplied is exact in it, or as exact as `w` is. With `weight_first`, the weight is the
-    left one. With `isolated`, XLA cannot change the layout of operands and result.
+    left one. With `isolated`, XLA cannot change the layout of operands and result. With `select`, the levels of
+    a codebook are chosen bit by bit, not looked up.
     """
     options: dict[str, Any] = dict(axes=axes, precision=precision, accumulate=accumulate)
-    options |= dict(weight_first=weight_first, isolated=isolated)
+    options |= dict(weight_first=weight_first, isolated=isolated, select=select)
     half = half and jnp.finfo(x.dtype).bits == 16 and accumulate == jnp.float32
     as_exact = x.dtype if half and w.dtype == x.dtype else accumulate
     exact = x.dtype if half and w.integers else as_exact
@@ -84,6 +86,7 @@ def _product(
     operands: Any,
     weight_first: bool,
     isolated: bool,
+    select: bool,
 ) -> Array:
     """The product with the values of `w`, times `scale` if there is one.
 
@@ -115,7 +118,11 @@ def _product(
         values = w.values(operands if scale is None else accumulate)
         return dot(x, values if scale is None else values * spread(scale).astype(accumulate))
     dtype = operands if scale is None else accumulate
-    planes = [w.plane(i, dtype) for i in range(packing.elements)]
+    if select and w.codebook is not None:
+        stored = w.payload_leaf.array
+        planes = [_selected(codes, w.codebook, dtype) for codes in (stored >> 4, stored & 15)]
+    else:
+        planes = [w.plane(i, dtype) for i in range(packing.elements)]
     if scale is not None:
         scales = _scale_planes(scale, packing)
         planes = [v * s.astype(accumulate) for v, s in zip(planes, scales, strict=True)]
@@ -134,6 +141,15 @@ def _product(
         y = dot(x, lax.concatenate(planes, axis))
         products = lax.split(y, [packing.stored] * packing.elements, y_axis)
     return packing._replace(axis=y_axis - products[0].ndim).merge(products)
+
+
+def _selected(codes: Array, levels: Sequence[float], dtype: Any) -> Array:
+    """The levels of these numbers, of which there is a power of 2."""
+    if len(levels) == 1:
+        return jnp.asarray(levels[0], dtype)
+    half = len(levels) // 2
+    lower, upper = (_selected(codes, part, dtype) for part in (levels[:half], levels[half:]))
+    return jnp.where((codes & half) != 0, upper, lower)
 
 
 def _scale_planes(scale: Leaf, packing: Packing) -> Sequence[Array]:
