@@ -173,12 +173,19 @@ OTHER_FORMATS = {
 }
 
 
-@pytest.mark.parametrize("format", OTHER_FORMATS)
+IN_OTHER_FORMATS = (
+    *("while_constant", "cond_operand", "scan_xs", "scan_filter_checkpoint"),
+    *("custom_jvp", "custom_vjp_weight_as_residual"),
+)
+
+
+# Formats take turns: one of each pair that differs in the numbers alone.
 @pytest.mark.parametrize(
-    "name",
+    ("name", "format"),
     [
-        *("while_constant", "cond_operand", "scan_xs", "scan_filter_checkpoint"),
-        *("custom_jvp", "custom_vjp_weight_as_residual"),
+        (name, [*OTHER_FORMATS][2 * pair + i % 2])
+        for i, name in enumerate(IN_OTHER_FORMATS)
+        for pair in range(3)
     ],
 )
 def test_program_of_other_formats(name, format):
