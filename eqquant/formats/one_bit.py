@@ -132,12 +132,13 @@ class Array1B(AbstractScaledArray):
             check_scale("scale", self.scale, self.shape, self.block_size)
 
     def plane(self, i: int, dtype: Any) -> Array:
+        # In 16 bits: CPUs compute in those as fast as in 8, GPUs in two thirds of the instructions.
         if self.levels == "binary":
-            return (2 * ((self.weight >> i) & 1).astype(jnp.int8) - 1).astype(dtype)
+            return (2 * ((self.weight >> i) & 1).astype(jnp.int16) - 1).astype(dtype)
         # Times 3^i, in arithmetic modulo 1, the fraction begins with digit i: times 3, its integer part
         # is the digit.
         fraction = self.weight * jnp.uint8(3**i)
-        return (((fraction.astype(jnp.uint16) * 3) >> 8).astype(jnp.int8) - 1).astype(dtype)
+        return (((fraction.astype(jnp.uint16) * 3) >> 8).astype(jnp.int16) - 1).astype(dtype)
 
     @classmethod
     def quantize(
