@@ -31,7 +31,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 import eqquant as eqq
 from eqquant.kernels import quantized_dot_general
 from eqquant.kernels.matmul import choose, fused, tpu
-from eqquant.kernels.matmul.reference import Axes
+from eqquant.kernels.matmul.reference import Axes, reference
 from eqquant.kernels.matmul.tpu import supports
 
 
@@ -131,6 +131,26 @@ def test_levels_that_are_chosen_bit_by_bit(axis, axes):
     run = partial(fused, axes=axes, precision=None, accumulate=jnp.float32, select=True)
     check(run(x, w), x, w, axes)
     assert "gather" not in str(jax.make_jaxpr(run)(x, w))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((96,), Axes((0,), (1,), (), ())),
+        ((1, 64), FIRST),
+        ((96, 1, 64), Axes((2, 0), (0, 1), (), ())),
+        ((64, 96), Axes((1,), (1,), (0,), (0,))),
+    ],
+)
+def test_a_row_beside_one_of_zeros(shape, axes):
+    w = nf4((64, 96), 1, dtype=jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    options = dict(axes=axes, precision=None, accumulate=jnp.float32)
+    y, want = fused(x, w, two_rows=True, **options), reference(x, w, **options)
+    assert y.shape == want.shape
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    products = str(jax.make_jaxpr(partial(fused, two_rows=True, **options))(x, w))
+    assert ("f32[2," in products) != bool(axes.x_batch)  # where estimates are in favour
 
 
 # ----------------------------------------------------------------------------------- lowering

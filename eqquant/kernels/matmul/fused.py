@@ -31,16 +31,26 @@ def fused(
     half: bool = True,
     isolated: bool = False,
     select: bool = False,
+    two_rows: bool = False,
 ) -> Array:
     """As `reference`, on the unscaled values of `w` where the scale can leave the sum.
 
     The operands of the dot are of `accumulate`; with `half` they are of the dtype of `x` where that has 16
     bits and what is multiplied is exact in it, or as exact as `w` is. With `weight_first`, the weight is the
     left one. With `isolated`, XLA cannot change the layout of operands and result. With `select`, the levels of
-    a codebook are chosen bit by bit, not looked up.
+    a codebook are chosen bit by bit, not looked up. With `two_rows`, a single row is multiplied with another one of zeros.
     """
     options: dict[str, Any] = dict(axes=axes, precision=precision, accumulate=accumulate)
     options |= dict(weight_first=weight_first, isolated=isolated, select=select)
+    rows = axes.x_free(x.ndim)
+    if two_rows and not axes.x_batch and all(x.shape[axis] == 1 for axis in rows):
+        row = lax.transpose(x, [*rows, *axes.x_contract]).reshape(
+            [x.shape[i] for i in axes.x_contract]
+        )
+        both = lax.pad(row[None], jnp.zeros((), x.dtype), [(0, 1, 0), *[(0, 0, 0)] * row.ndim])
+        options["axes"] = axes._replace(x_contract=tuple(range(1, both.ndim)))
+        y = fused(both, w, half=half, **options)
+        return y[0].reshape(axes.output_shape(x.shape, w.shape))
     half = half and jnp.finfo(x.dtype).bits == 16 and accumulate == jnp.float32
     as_exact = x.dtype if half and w.dtype == x.dtype else accumulate
     exact = x.dtype if half and w.integers else as_exact
