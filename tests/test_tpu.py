@@ -123,14 +123,29 @@ def test_a_stack_of_matrices(interpreted, axis):
     assert interpreted == [((3, 2, (64, 128)[axis]), (1 + axis,))]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("axes", [LAST, FIRST])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_levels_that_are_chosen_bit_by_bit(axis, axes):
-    w = nf4((64, 96), axis, dtype=jnp.float32)
-    x = inputs(3, w, axes)
-    run = partial(fused, axes=axes, precision=None, accumulate=jnp.float32, select=True)
-    check(run(x, w), x, w, axes)
-    assert "gather" not in str(jax.make_jaxpr(run)(x, w))
+@pytest.mark.parametrize(
+    "how",
+    [
+        eqq.ArrayNF4.quantize,
+        partial(eqq.ArrayNF4.quantize, block_size=160),
+        partial(eqq.ArrayNF4.quantize, axis=0),
+        partial(eqq.Array8B.quantize, block_size=96),
+        partial(eqq.Array8B.quantize, block_size=96, axis=0),
+        partial(eqq.Array1B.quantize, block_size=480),
+    ],
+)
+def test_in_the_form_for_tpus(how, axes, rows):
+    w = how(jnp.asarray(np.random.default_rng(0).normal(size=(200, 500)), jnp.float32))
+    x = inputs(rows, w, axes)
+    options = dict(axes=axes, precision=None, accumulate=jnp.float32)
+    check(fused(x, w, for_tpu=True, **options), x, w, axes)
+    usual, form = (
+        str(jax.make_jaxpr(partial(fused, for_tpu=for_tpu, **options))(x, w))
+        for for_tpu in (False, True)
+    )
+    assert "gather" not in form and usual != form
 
 
 @pytest.mark.parametrize(
@@ -146,10 +161,10 @@ def test_a_row_beside_one_of_zeros(shape, axes):
     w = nf4((64, 96), 1, dtype=jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     options = dict(axes=axes, precision=None, accumulate=jnp.float32)
-    y, want = fused(x, w, two_rows=True, **options), reference(x, w, **options)
+    y, want = fused(x, w, for_tpu=True, **options), reference(x, w, **options)
     assert y.shape == want.shape
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
-    products = str(jax.make_jaxpr(partial(fused, two_rows=True, **options))(x, w))
+    products = str(jax.make_jaxpr(partial(fused, for_tpu=True, **options))(x, w))
     assert ("f32[2," in products) != bool(axes.x_batch)  # where estimates are in favour
 
 

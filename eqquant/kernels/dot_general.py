@@ -126,8 +126,7 @@ def _compute(
         options["digits"] = digits
     if name == "fused":
         options["half"] = platform != "cpu"  # where XLA cannot multiply bfloat16 in every layout
-        # On TPU, XLA writes the levels that it looked up, and multiplies one row without the matrix units.
-        options |= dict(select=platform == "tpu", two_rows=platform == "tpu")
+        options["for_tpu"] = platform == "tpu"
     if name == "gpu":
         options["device"] = _compat.gpu_kind()
     with jax.named_scope(f"quantized_dot_general_{name}"):

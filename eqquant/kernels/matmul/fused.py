@@ -1,6 +1,7 @@
 """One dot with the scale placed where it costs least, for XLA to fuse."""
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from jax import Array, lax
 
 from ... import _compat
 from ..._array import AbstractScaledArray
-from ...tiles import Leaf, Packing, repeat, spread
+from ...tiles import EACH, Leaf, Packing, repeat, spread
 from .reference import Axes
 
 
@@ -30,20 +31,23 @@ def fused(
     weight_first: bool = False,
     half: bool = True,
     isolated: bool = False,
-    select: bool = False,
-    two_rows: bool = False,
+    for_tpu: bool = False,
 ) -> Array:
     """As `reference`, on the unscaled values of `w` where the scale can leave the sum.
 
     The operands of the dot are of `accumulate`; with `half` they are of the dtype of `x` where that has 16
     bits and what is multiplied is exact in it, or as exact as `w` is. With `weight_first`, the weight is the
-    left one. With `isolated`, XLA cannot change the layout of operands and result. With `select`, the levels of
-    a codebook are chosen bit by bit, not looked up. With `two_rows`, a single row is multiplied with another one of zeros.
+    left one. With `isolated`, XLA cannot change the layout of operands and result.
+
+    `for_tpu` says the same in forms of which its compiler makes more. A single row is multiplied beside one of
+    zeros: by itself it does not go to the matrix units. Levels are chosen bit by bit: those that are looked up are
+    written to memory. So are scales that are repeated as often as a register has lanes, but not if that is
+    done in two steps.
     """
     options: dict[str, Any] = dict(axes=axes, precision=precision, accumulate=accumulate)
-    options |= dict(weight_first=weight_first, isolated=isolated, select=select)
+    options |= dict(weight_first=weight_first, isolated=isolated, for_tpu=for_tpu)
     rows = axes.x_free(x.ndim)
-    if two_rows and not axes.x_batch and all(x.shape[axis] == 1 for axis in rows):
+    if for_tpu and not axes.x_batch and all(x.shape[axis] == 1 for axis in rows):
         row = lax.transpose(x, [*rows, *axes.x_contract]).reshape(
             [x.shape[i] for i in axes.x_contract]
         )
@@ -96,7 +100,7 @@ def _product(
     operands: Any,
     weight_first: bool,
     isolated: bool,
-    select: bool,
+    for_tpu: bool,
 ) -> Array:
     """The product with the values of `w`, times `scale` if there is one.
 
@@ -126,15 +130,22 @@ def _product(
     axis = -1 if packing is None else packing.axis % w.ndim
     if packing is None or axis in axes.w_batch:
         values = w.values(operands if scale is None else accumulate)
-        return dot(x, values if scale is None else values * spread(scale).astype(accumulate))
+        if scale is None:
+            return dot(x, values)
+        if for_tpu:
+            for i, tile in enumerate(scale.tiles):
+                if not scale.is_constant_along(i):
+                    array = _repeat(scale.array, tile.size, i, scale.shape[i], in_two_steps=True)
+                    scale = scale.with_axis(i, array, EACH, scale.shape[i])
+        return dot(x, values * spread(scale).astype(accumulate))
     dtype = operands if scale is None else accumulate
-    if select and w.codebook is not None:
+    if for_tpu and w.codebook is not None:
         stored = w.payload_leaf.array
         planes = [_selected(codes, w.codebook, dtype) for codes in (stored >> 4, stored & 15)]
     else:
         planes = [w.plane(i, dtype) for i in range(packing.elements)]
     if scale is not None:
-        scales = _scale_planes(scale, packing)
+        scales = _scale_planes(scale, packing, in_two_steps=for_tpu)
         planes = [v * s.astype(accumulate) for v, s in zip(planes, scales, strict=True)]
     apart = x.size <= w.size * FEW_INPUTS  # or side by side
     if axis in axes.w_contract:
@@ -162,7 +173,15 @@ def _selected(codes: Array, levels: Sequence[float], dtype: Any) -> Array:
     return jnp.where((codes & half) != 0, upper, lower)
 
 
-def _scale_planes(scale: Leaf, packing: Packing) -> Sequence[Array]:
+def _repeat(array: Array, times: int, axis: int, length: int, *, in_two_steps: bool) -> Array:
+    last = math.gcd(times, 32)
+    if in_two_steps and times > 64 and last > 1:
+        before = times // last
+        array, times = repeat(array, before, axis, array.shape[axis] * before), last
+    return repeat(array, times, axis, length)
+
+
+def _scale_planes(scale: Leaf, packing: Packing, *, in_two_steps: bool) -> Sequence[Array]:
     """A scale spread as the planes of a payload are."""
     axis = packing.axis % len(scale.shape)
     others = [i for i in range(len(scale.shape)) if i != axis and not scale.is_constant_along(i)]
@@ -170,7 +189,10 @@ def _scale_planes(scale: Leaf, packing: Packing) -> Sequence[Array]:
     if scale.is_constant_along(axis):
         plane = spread(scale, others)
     elif not rest:  # whole tiles of the payload share a scale
-        plane = repeat(spread(scale, others), per_tile * packing.tile.stored, axis, packing.stored)
+        times = per_tile * packing.tile.stored
+        plane = _repeat(
+            spread(scale, others), times, axis, packing.stored, in_two_steps=in_two_steps
+        )
     else:
         return packing.split(spread(scale, [*others, axis]))
     return [plane] * packing.elements
