@@ -97,6 +97,9 @@ def implicit(f: Callable[P, R], *, implementation: str | None = None) -> Implici
 
     Arrays are traced, as under `jax.jit`; Python numbers are not.
 
+    **Raises:** `TypeError` if `f` is not callable; when a product is traced, `ValueError` if there is no
+    implementation of the name given.
+
     !!! example
 
         ```python
