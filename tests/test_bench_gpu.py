@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from eqquant.kernels.matmul.gpu.blocks import Blocks, Case
@@ -20,6 +21,7 @@ def bench(monkeypatch):
     # One copy, one call: what they take means nothing here.
     monkeypatch.setattr(bench, "COLD", 1)
     monkeypatch.setattr(bench, "QUEUED", 0.0)
+    monkeypatch.setattr(bench, "DTYPES", {"bfloat16": jnp.bfloat16})
     yield bench
     for name in ("bench_gpu", "shapes", "_measure"):
         sys.modules.pop(name, None)
@@ -36,7 +38,7 @@ def test_it_checks_and_measures(bench, monkeypatch, capsys):
 
 def test_nothing_is_measured_where_the_kernel_is_wrong(bench, monkeypatch, capsys):
     right = bench.gpu
-    monkeypatch.setattr(bench, "gpu", lambda *args, **options: 1.01 * right(*args, **options))
+    monkeypatch.setattr(bench, "gpu", lambda *args, **options: 1.5 * right(*args, **options))
     with pytest.raises(SystemExit, match="the kernel is wrong here"):
         bench.main([*SMALL, "--orientations", "last"])
     assert "WRONG: ArrayNF4" in capsys.readouterr().out
