@@ -541,7 +541,9 @@ K, N = 12, 8
     [((2,), jnp.bfloat16), ((3, 2), jnp.float32), ((1, 3, 2), jnp.bfloat16)],
     ids=str,
 )
-@pytest.mark.parametrize("scale_shape", itertools.product((1, K, K // 2), (1, N, N // 2)), ids=str)
+@pytest.mark.parametrize(
+    "scale_shape", [*itertools.product((1, K, K // 2), (1, N, N // 2))], ids=str
+)
 def test_matmul_bf16_int8_weight_only(scale_shape, lead, dtype):
     rng = np.random.default_rng(9)
     x = jnp.asarray(rng.normal(size=(*lead, K)), dtype)
