@@ -179,7 +179,7 @@ IN_OTHER_FORMATS = (
 )
 
 
-# Formats take turns: one of each pair that differs in the numbers alone.
+# Formats take turns: one of each pair of the same family.
 @pytest.mark.parametrize(
     ("name", "format"),
     [

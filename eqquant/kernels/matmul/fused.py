@@ -3,7 +3,7 @@
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def _product(
         if for_tpu:
             for i, tile in enumerate(scale.tiles):
                 if not scale.is_constant_along(i):
-                    array = _repeat(scale.array, tile.size, i, scale.shape[i], in_two_steps=True)
+                    array = _repeat_in_two_steps(scale.array, tile.size, i, scale.shape[i])
                     scale = scale.with_axis(i, array, EACH, scale.shape[i])
         return dot(x, values * spread(scale).astype(accumulate))
     dtype = operands if scale is None else accumulate
@@ -145,7 +145,7 @@ def _product(
     else:
         planes = [w.plane(i, dtype) for i in range(packing.elements)]
     if scale is not None:
-        scales = _scale_planes(scale, packing, in_two_steps=for_tpu)
+        scales = _scale_planes(scale, packing, _repeat_in_two_steps if for_tpu else repeat)
         planes = [v * s.astype(accumulate) for v, s in zip(planes, scales, strict=True)]
     apart = x.size <= w.size * FEW_INPUTS  # or side by side
     if axis in axes.w_contract:
@@ -173,15 +173,16 @@ def _selected(codes: Array, levels: Sequence[float], dtype: Any) -> Array:
     return jnp.where((codes & half) != 0, upper, lower)
 
 
-def _repeat(array: Array, times: int, axis: int, length: int, *, in_two_steps: bool) -> Array:
+def _repeat_in_two_steps(array: Array, times: int, axis: int, length: int) -> Array:
+    """As `repeat`; of more than 64 times, at most 32 by themselves."""
     last = math.gcd(times, 32)
-    if in_two_steps and times > 64 and last > 1:
+    if times > 64 and last > 1:
         before = times // last
         array, times = repeat(array, before, axis, array.shape[axis] * before), last
     return repeat(array, times, axis, length)
 
 
-def _scale_planes(scale: Leaf, packing: Packing, *, in_two_steps: bool) -> Sequence[Array]:
+def _scale_planes(scale: Leaf, packing: Packing, repeat: Callable[..., Array]) -> Sequence[Array]:
     """A scale spread as the planes of a payload are."""
     axis = packing.axis % len(scale.shape)
     others = [i for i in range(len(scale.shape)) if i != axis and not scale.is_constant_along(i)]
@@ -189,10 +190,7 @@ def _scale_planes(scale: Leaf, packing: Packing, *, in_two_steps: bool) -> Seque
     if scale.is_constant_along(axis):
         plane = spread(scale, others)
     elif not rest:  # whole tiles of the payload share a scale
-        times = per_tile * packing.tile.stored
-        plane = _repeat(
-            spread(scale, others), times, axis, packing.stored, in_two_steps=in_two_steps
-        )
+        plane = repeat(spread(scale, others), per_tile * packing.tile.stored, axis, packing.stored)
     else:
         return packing.split(spread(scale, [*others, axis]))
     return [plane] * packing.elements
