@@ -298,6 +298,16 @@ class AbstractScaledArray(QuantizedArray):
         """The shape of the logical array."""
         return self.payload_leaf.shape
 
+    @property
+    def scale_leaf(self) -> Leaf | None:
+        """The scale that products take: one number for each tile, whatever is stored for it."""
+        return None if self.scale is None else scale_leaf(self.scale, self.shape, self.block_size)
+
+    @property
+    def offset_leaf(self) -> Leaf | None:
+        """What is added to the scaled values: one number for each tile, or None."""
+        return None
+
     def leaves(self) -> dict[str, Leaf]:
         """Every stored leaf, with its tiles: the payload by the name of its field, and `"scale"`."""
         leaf = self.payload_leaf
@@ -401,7 +411,7 @@ class AbstractScaledArray(QuantizedArray):
 def _decode(array: AbstractScaledArray) -> Array:
     x = array.values(array.compute_dtype)
     if array.scale is not None:
-        x = x * spread(array.leaves()["scale"]).astype(x.dtype)
+        x = x * spread(array.scale_leaf).astype(x.dtype)
     for dtype in (*array.via, array.dtype):
         x = x.astype(dtype)
     return x

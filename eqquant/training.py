@@ -172,7 +172,7 @@ def _largest(q: Any) -> Array:
         )
     if q.scale is None:
         return jnp.asarray(q.largest, jnp.float32)
-    return jnp.abs(spread(q.leaves()["scale"])) * q.largest * (1 + 4 * jnp.finfo(jnp.float32).eps)
+    return jnp.abs(spread(q.scale_leaf)) * q.largest * (1 + 4 * jnp.finfo(jnp.float32).eps)
 
 
 class LearnedStep(eqx.Module):

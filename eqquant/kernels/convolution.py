@@ -129,8 +129,11 @@ def _whole(
 ) -> Array:
     compute = jnp.promote_types(jnp.promote_types(x.dtype, out_dtype), jnp.float32)
     out_axis, *others = dimension_numbers.rhs_spec
-    scale = None if w.scale is None else w.leaves()["scale"]
+    scale = None if w.scale is None else w.scale_leaf
     values, factors = w.values(compute), None
+    if w.offset_leaf is not None:
+        values = w.values(compute) * (1 if scale is None else tiles.spread(scale).astype(compute))
+        values, scale = values + tiles.spread(w.offset_leaf).astype(compute), None
     if scale is not None and all(map(scale.is_constant_along, others)):
         # Each output channel o sums over q[o, ...] alone: its scale leaves the sum.
         factors = tiles.spread(scale, [out_axis]).reshape(-1).astype(compute)

@@ -40,7 +40,7 @@ def supports(x: Array, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> b
     if w.ndim < 2:
         return False
     axis = w.ndim - 1
-    scale = w.leaves().get("scale")
+    scale = w.scale_leaf
     return (
         w.integers
         and not axes.w_batch
@@ -75,7 +75,7 @@ def integer(
         y = lax.index_in_dim(sums, i, w.ndim - 1, keepdims=False) + y / BASE
     if w.scale is not None:
         free = range(w.ndim - 1)
-        y = y * spread(w.leaves()["scale"], free).astype(accumulate)
+        y = y * spread(w.scale_leaf, free).astype(accumulate)
     return jnp.moveaxis(y * unit, -1, 0).reshape(*x.shape[1:], *w.shape[:-1])
 
 

@@ -27,15 +27,15 @@ BYTES = 256
 def supports(x: Array, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
     """Whether `tables` computes this product: along the first stored axis of `w` alone, packed in bytes, with
     scales that are constant along it or on whole tiles of the payload."""
-    leaves, packing = w.leaves(), w.packing
-    scale = leaves.pop("scale", None)
+    payloads, packing = [name for name, leaf in w.leaves().items() if leaf.ordered], w.packing
+    scale = w.scale_leaf
     return (
         x.size > 0
         and w.ndim >= 2
         and packing is not None
         and packing.axis == -w.ndim
-        and list(leaves) == [w.payload]
-        and leaves[w.payload].array.dtype == jnp.uint8
+        and payloads == [w.payload]
+        and w.payload_leaf.array.dtype == jnp.uint8
         and axes.w_contract == (0,)
         and not axes.w_batch
         and (
@@ -50,7 +50,7 @@ def tables(
     x: Array, w: AbstractScaledArray, *, axes: Axes, precision: Any, accumulate: Any
 ) -> Array:
     """As `reference`, where `supports` says so."""
-    packing, scale = w.packing, w.leaves().get("scale")
+    packing, scale = w.packing, w.scale_leaf
     assert packing is not None
     (x_axis,) = axes.x_contract
     x = jnp.moveaxis(x, x_axis, -1).astype(accumulate)

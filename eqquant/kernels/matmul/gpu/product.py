@@ -39,7 +39,7 @@ def pays(x: Any, w: AbstractScaledArray, axes: Axes) -> bool:
     """Whether XLA makes the weight dense, and there are few enough rows for that to matter."""
 
     def needs_a_kernel(x: Any, w: AbstractScaledArray, axis: int) -> bool:
-        scale = w.leaves().get("scale")
+        scale = w.scale_leaf
         left_to_xla = w.packing is None and (scale is None or _leaves_the_sum(scale, axis))
         most = MAX_ROWS_IN_32_BITS if _dtype(x, w) == jnp.float32 else MAX_ROWS_IN_16_BITS
         return not left_to_xla and len(x) <= most
@@ -85,7 +85,7 @@ def _of_matrix(
     from .kernel import Problem, product, Side
 
     payload = w.payload_leaf
-    scale, factors = w.leaves().get("scale"), None
+    scale, factors = w.scale_leaf, None
     dtype = _dtype(rows, w)
     if scale is not None and scale.is_constant_along(axis):
         # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.

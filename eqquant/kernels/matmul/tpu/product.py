@@ -72,7 +72,7 @@ def _of_matrix(rows: Array, w: AbstractScaledArray, axis: int, *, interpret: Any
     from .kernel import product
 
     rows = rows.astype(jnp.promote_types(rows.dtype, w.dtype))
-    packing, levels, scale = w.packing, w.codebook, w.leaves().get("scale")
+    packing, levels, scale = w.packing, w.codebook, w.scale_leaf
     assert packing is not None and levels is not None  # says `supports`
     factors = scales = None
     if scale is not None:
@@ -102,7 +102,7 @@ def _bytes_per_scale(w: AbstractScaledArray) -> int | None:
     tile of bytes."""
     assert w.packing is not None
     axis = w.packing.axis % w.ndim
-    scale: Leaf | None = w.leaves().get("scale")
+    scale: Leaf | None = w.scale_leaf
     if scale is None or scale.is_constant_along(axis):
         return None
     tiles, rest = divmod(scale.tiles[axis].size, w.packing.tile.size)
