@@ -1,7 +1,6 @@
 """Quantized arrays for JAX and Equinox."""
 
 from . import formats as formats, lora as lora, rules as rules
-from ._array import AbstractScaledArray as AbstractScaledArray, QuantizedArray as QuantizedArray
 from ._dispatch import (
     AuditRow as AuditRow,
     ImplicitArray as ImplicitArray,
@@ -14,6 +13,8 @@ from ._dispatch import (
     strict as strict,
 )
 from ._implicit import Implicit as Implicit, implicit as implicit, is_implicit as is_implicit
+from ._array import QuantizedArray as QuantizedArray
+from ._scaled import AbstractScaledArray as AbstractScaledArray
 from .audit import Audit as Audit, audit as audit
 from .column_major import column_major as column_major, ColumnMajor as ColumnMajor
 from .formats import (

@@ -1,38 +1,19 @@
-"""What a quantized array means: a logical array, its stored leaves, and how to make it dense."""
+"""What a quantized array is for its users: a logical array with operators, indexing and methods."""
 
-import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float
 
-from . import _sharding
 from ._dispatch import ImplicitArray, report_materialized
 from ._implicit import implicit
-from .tiles import (
-    EACH,
-    Leaf,
-    Packing,
-    packing_of,
-    payload_leaf,
-    scale_block_size,
-    scale_leaf,
-    spread,
-    Unaligned,
-)
-
-
-_Scaled = TypeVar("_Scaled", bound="AbstractScaledArray")
 
 
 def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,7 +82,7 @@ class QuantizedArray(ImplicitArray):
     def __repr__(self) -> str:
         try:
             leaves = ", ".join(
-                f"{jtu.keystr(path, simple=True)}={leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+                f"{jtu.keystr(path, simple=True, separator='.')}={leaf.dtype}[{','.join(map(str, leaf.shape))}]"
                 for path, leaf in jtu.tree_leaves_with_path(self)
             )
             shape = ",".join(map(str, self.shape))
@@ -238,206 +219,6 @@ class QuantizedArray(ImplicitArray):
     def min(self, axis: Any = None, **kwargs: Any) -> Any:
         """As `jax.Array.min`."""
         return implicit(lambda x: x.min(axis, **kwargs))(self)
-
-
-class AbstractScaledArray(QuantizedArray):
-    r"""A quantized array $x = s \circ v$: values $v$ from a small set, times a scale $s$ that is
-    constant on tiles.
-
-    Every stored leaf has the rank of the logical array, and each of its axes covers the matching
-    logical axis in equal tiles. From that alone follow transposition, slicing, broadcasting,
-    `vmap`, `scan` and sharding, for every format.
-
-    A format gives its fields, one of them the payload, and one method: `values`, or `plane` if a
-    stored number holds several elements.
-    """
-
-    payload: eqx.AbstractClassVar[str]
-    """The name of the field that holds the codes."""
-    packing: eqx.AbstractVar[Packing | None]
-    """How the payload holds several elements in one stored number; None if it does not."""
-    scale: eqx.AbstractVar[Float[Array, "..."] | None]
-    """One number for each tile; None if all are 1."""
-    block_size: eqx.AbstractVar[int | None]
-    """How many elements share a scale along an axis that has several scales; None if no axis has."""
-    via: eqx.AbstractVar[tuple[np.dtype, ...]]
-    """The dtypes that the values were rounded to before they were cast to `dtype`."""
-
-    largest: ClassVar[float] = 1.0
-    """The largest magnitude among the values."""
-    integers: ClassVar[bool] = False
-    """Whether all values are integers of at most 8 bits."""
-    activations: ClassVar[str] = "float"
-    """`"int8"` if what this is multiplied with is rounded to 8 bits, too."""
-    has_zero_code: ClassVar[bool] = False
-    """Whether a stored code of 0 means the value 0."""
-    codebook: ClassVar[tuple[float, ...] | None] = None
-    """The sixteen values by their numbers, if a stored byte holds two of those: the first in its high half."""
-
-    def values(self, dtype: Any) -> Array:
-        """The values $v$, without scale, as a dense array of `dtype`."""
-        if type(self).plane is AbstractScaledArray.plane:
-            raise NotImplementedError(f"{type(self).__name__} needs a method `values` or `plane`")
-        if self.packing is None:
-            return self.plane(0, dtype)
-        return self.packing.merge([self.plane(i, dtype) for i in range(self.packing.elements)])
-
-    def plane(self, i: int, dtype: Any) -> Array:
-        """The values $v$ of the elements that lie in place `i` of their stored numbers: an array of the
-        shape of the payload."""
-        values = self.values(dtype)
-        return values if self.packing is None else self.packing.split(values)[i]
-
-    @property
-    def payload_leaf(self) -> Leaf:
-        """The payload, with its tiles: the shape of the logical array is derived from it."""
-        return payload_leaf(getattr(self, self.payload), self.packing)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the logical array."""
-        return self.payload_leaf.shape
-
-    @property
-    def scale_leaf(self) -> Leaf | None:
-        """The scale that products take: one number for each tile, whatever is stored for it."""
-        return None if self.scale is None else scale_leaf(self.scale, self.shape, self.block_size)
-
-    @property
-    def offset_leaf(self) -> Leaf | None:
-        """What is added to the scaled values: one number for each tile, or None."""
-        return None
-
-    def leaves(self) -> dict[str, Leaf]:
-        """Every stored leaf, with its tiles: the payload by the name of its field, and `"scale"`."""
-        leaf = self.payload_leaf
-        leaves = {self.payload: leaf}
-        if self.scale is not None:
-            leaves["scale"] = scale_leaf(self.scale, leaf.shape, self.block_size)
-        return leaves
-
-    def with_leaves(self: _Scaled, leaves: dict[str, Leaf]) -> _Scaled:
-        """An array of these leaves, all else equal. Raises `Unaligned` if this format cannot
-        express their tiles."""
-        payload, scale = leaves[self.payload], leaves.get("scale")
-        changes: dict[str, Any] = {self.payload: payload.array, "packing": packing_of(payload)}
-        if scale is not None:
-            changes |= {"scale": scale.array, "block_size": scale_block_size(scale)}
-        names = {field.name for field in dataclasses.fields(self)}
-        if any(changes.get(name) is not None for name in changes.keys() - names):
-            raise Unaligned  # this format is never packed, or has no scales of blocks
-        return self.replace(**{name: value for name, value in changes.items() if name in names})
-
-    def sliceable(self, axes: Sequence[int] = (0,)) -> "AbstractScaledArray | None":
-        moved: dict[str, Leaf] = {}
-        for name, leaf in self.leaves().items():
-            for axis in axes:
-                if leaf.array.shape[axis] != self.shape[axis]:
-                    if leaf.ordered:
-                        return None
-                    leaf = leaf.with_axis(axis, spread(leaf, [axis]), EACH, self.shape[axis])
-            moved[name] = leaf
-        return self.with_leaves(moved)
-
-    def unnested(self: _Scaled) -> _Scaled:
-        """This array with every stored leaf of its rank: scales that are quantized themselves are
-        expanded, exactly."""
-        return self
-
-    def replace(self: _Scaled, **changes: Any) -> _Scaled:
-        """A copy with some of its fields changed."""
-        return dataclasses.replace(self, **changes)
-
-    def with_dtype(self: _Scaled, dtype: np.dtype, via: tuple[np.dtype, ...]) -> _Scaled:
-        """An array of the same leaves with another logical dtype (see `cast`)."""
-        return self.replace(dtype=dtype, via=via)
-
-    def materialize(self) -> Array:
-        """The dense array of `shape` and `dtype`: the values times the scale, computed in float32
-        (float64 if `dtype` is), then rounded to `dtype`."""
-        return _materialize(self)
-
-    @property
-    def compute_dtype(self) -> np.dtype:
-        """What `materialize` computes in before it rounds."""
-        scale = jnp.float32 if self.scale is None else self.scale.dtype
-        return jnp.promote_types(jnp.promote_types(scale, jnp.float32), _float64_or_32(self.dtype))
-
-    # ------------------------------------------------------------------------------- sharding
-
-    @property
-    def sharding(self) -> jax.sharding.Sharding | None:
-        """How the payload is laid out over devices; None under tracing."""
-        payload = self.payload_leaf.array
-        return None if isinstance(payload, Tracer) else payload.sharding
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the leaves lie on more than one device."""
-        return self.sharding is not None and len(self.sharding.device_set) > 1
-
-    def with_sharding(self: _Scaled, sharding: NamedSharding | PartitionSpec | None) -> _Scaled:
-        """This array with payload and scale split together over devices.
-
-        **Arguments:**
-
-        - `sharding`: for the axes of the *logical* array. A `PartitionSpec` refers to the current
-            mesh (`jax.set_mesh`); None leaves the array as it is. Under tracing it is a
-            constraint, otherwise the leaves are moved.
-
-        **Raises:** `ValueError` if an axis cannot be split so: it names axis, tile and mesh.
-        """
-        if sharding is None:
-            return self
-        placed = {
-            id(leaf.array): _sharding.place(leaf, name, sharding)
-            for name, leaf in self.leaves().items()
-        }
-        return jtu.tree_map(lambda array: placed[id(array)], self)
-
-    def reshard(self: _Scaled, sharding: NamedSharding | PartitionSpec | None) -> _Scaled:
-        """Alias of `with_sharding`."""
-        return self.with_sharding(sharding)
-
-    def with_mesh_and_axis(
-        self: _Scaled, mesh_and_axis: tuple[Mesh, PartitionSpec | Sequence[Any] | str | None]
-    ) -> _Scaled:
-        """`with_sharding` from a mesh and a spec: None (replicated), a `PartitionSpec`, a
-        sequence of axis names, or one name (for the first axis)."""
-        mesh, axis = mesh_and_axis
-        return self.with_sharding(NamedSharding(mesh, _sharding.as_spec(axis)))
-
-
-def _decode(array: AbstractScaledArray) -> Array:
-    x = array.values(array.compute_dtype)
-    if array.scale is not None:
-        x = x * spread(array.scale_leaf).astype(x.dtype)
-    for dtype in (*array.via, array.dtype):
-        x = x.astype(dtype)
-    return x
-
-
-def _materialize(array: AbstractScaledArray) -> Array:
-    # One fused pass when called by itself; part of the surrounding program under tracing.
-    if any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(array)):
-        return _decode(array)
-    return _decode_in_one_pass(array)
-
-
-_decode_in_one_pass = jax.jit(_decode)
-
-
-def _float64_or_32(dtype: np.dtype) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-def cast(array: AbstractScaledArray, dtype: Any) -> tuple[np.dtype, tuple[np.dtype, ...]]:
-    """The `dtype` and `via` of `array` cast to a floating-point `dtype`, value for value."""
-    chain = [array.compute_dtype, *array.via, array.dtype, jnp.dtype(dtype)]
-    for i in range(len(chain) - 2, 0, -1):  # a cast that lost nothing need not be remembered
-        if jnp.promote_types(chain[i - 1], chain[i]) == chain[i]:
-            del chain[i]
-    return chain[-1], tuple(chain[1:-1])
 
 
 def leaf_nbytes(leaf: Any) -> int:

@@ -69,7 +69,7 @@ def _check_whole(length: int, axis: int, size: int, names: Any, mesh: Any, what:
 
 def replicate(array: Any, name: str, like: NamedSharding | PartitionSpec, batch: int = 0) -> Any:
     """`array` as a whole on all devices of the mesh of a sharding, but for its first `batch` axes."""
-    leaf = Leaf(array, array.shape, (EACH,) * array.ndim, ordered=True)
+    leaf = Leaf(array, array.shape, (EACH,) * array.ndim, role="codes")
     if isinstance(like, PartitionSpec):
         return place(leaf, name, PartitionSpec(*like[:batch]))
     return place(leaf, name, like.update(spec=PartitionSpec(*like.spec[:batch])))

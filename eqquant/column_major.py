@@ -10,8 +10,9 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import _sharding, tiles
-from ._array import AbstractScaledArray, QuantizedArray
+from ._array import QuantizedArray
 from ._dispatch import ImplicitArray
+from ._scaled import AbstractScaledArray
 
 
 class TransposedView(ImplicitArray):
@@ -33,10 +34,7 @@ class TransposedView(ImplicitArray):
         return self.array.dtype
 
     def settle(self) -> AbstractScaledArray:
-        leaves = self.array.leaves().items()
-        return self.array.with_leaves(
-            {name: tiles.transpose(leaf, self.permutation) for name, leaf in leaves}
-        )
+        return self.array.moved(lambda leaf: tiles.transpose(leaf, self.permutation))
 
     def materialize(self) -> Array:
         return lax.transpose(self.array.materialize(), self.permutation)

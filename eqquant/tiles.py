@@ -6,8 +6,8 @@ one stored number does so. The functions below it move a leaf through one struct
 raise `Unaligned` where the result would not be a regular tiling any more.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,7 +18,10 @@ class Unaligned(Exception):
 
 
 class Tile(NamedTuple):
-    """Along one axis, `size` consecutive logical elements are held in `stored` stored elements."""
+    """Along one axis, `size` consecutive logical elements are held in `stored` stored elements.
+
+    There may be slack: 64 elements in 13 numbers that hold five each leave one place unused.
+    """
 
     size: int
     stored: int = 1
@@ -28,31 +31,40 @@ EACH = Tile(1)
 """One stored element for one logical element."""
 
 
-class Leaf(NamedTuple):
-    """A stored array, the shape of the logical array, and the tile along each axis.
+Role = Literal["codes", "factor", "summand"]
+"""What a leaf is for. Codes say something about each element of a tile; a factor or a summand holds one
+number for the whole tile."""
+BlockSize = int | tuple[int, ...] | None
+"""How many elements share a number along an axis that has several numbers, but not one for each element: the same
+along all such axes; or one size for each of the last axes; None if there is no such axis."""
 
-    An `ordered` leaf (a payload) says something about each element of a tile; any other leaf (a
-    scale) holds one value for the whole tile.
-    """
+
+class Leaf(NamedTuple):
+    """A stored array, the shape of the logical array, the tile along each axis, and what the array is for."""
 
     array: Any
     shape: tuple[int, ...]
     tiles: tuple[Tile, ...]
-    ordered: bool
+    role: Role
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether this says something about each element of a tile."""
+        return self.role == "codes"
 
     def with_axis(self, axis: int, array: Any, tile: Tile, length: int) -> "Leaf":
         """This leaf with another array, that has this tile and logical length along `axis`."""
         shape = (*self.shape[:axis], length, *self.shape[axis + 1 :])
         tiles = (*self.tiles[:axis], tile, *self.tiles[axis + 1 :])
-        return Leaf(array, shape, tiles, self.ordered)
+        return Leaf(array, shape, tiles, self.role)
 
     def is_constant_along(self, axis: int) -> bool:
         """Whether one value holds for the whole axis."""
-        return not self.ordered and self.array.shape[axis] == 1
+        return not self.holds_codes and self.array.shape[axis] == 1
 
     def is_packed_along(self, axis: int) -> bool:
         """Whether a stored element holds something about several elements of this axis."""
-        return self.ordered and self.tiles[axis].size != 1
+        return self.holds_codes and self.tiles[axis].size != 1
 
 
 def constant_tile(length: int) -> Tile:
@@ -79,8 +91,8 @@ class Packing(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """How many logical elements one stored element holds."""
-        return self.tile.size // self.tile.stored
+        """How many logical elements one stored element holds, at most."""
+        return -(-self.tile.size // self.tile.stored)
 
     @property
     def stored(self) -> int:
@@ -99,12 +111,14 @@ class Packing(NamedTuple):
     def split(self, x: Array) -> list[Array]:
         """The planes of a logical array: the first holds the first element of each stored number."""
         axis = self.axis % x.ndim
-        tiles = -(-self.length // self.tile.size)
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, tiles * self.tile.size - self.length)
-        split = (tiles, self.elements, self.tile.stored)
-        x = jnp.pad(x, padding).reshape(*x.shape[:axis], *split, *x.shape[axis + 1 :])
-        stored = (*x.shape[:axis], self.stored, *x.shape[axis + 3 :])
+        size, stored = self.tile
+        tiles = -(-self.length // size)
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        x = _fill(x, axis, tiles * size)
+        if slack := self.elements * stored - size:
+            x = _fill(x.reshape(*before, tiles, size, *after), axis + 1, size + slack)
+        x = x.reshape(*before, tiles, self.elements, stored, *after)
+        stored = (*before, self.stored, *after)
         return [lax.index_in_dim(x, i, axis + 1).reshape(stored) for i in range(self.elements)]
 
     def merge(self, planes: Sequence[Array]) -> Array:
@@ -115,8 +129,26 @@ class Packing(NamedTuple):
         tiles = shape[axis] // self.tile.stored
         split = (*shape[:axis], tiles, 1, self.tile.stored, *shape[axis + 1 :])
         x = lax.concatenate([plane.reshape(split) for plane in planes], axis + 1)
+        if self.elements * self.tile.stored > self.tile.size:  # slack
+            x = x.reshape(
+                *shape[:axis], tiles, self.elements * self.tile.stored, *shape[axis + 1 :]
+            )
+            x = lax.slice_in_dim(x, 0, self.tile.size, axis=axis + 1)
         x = x.reshape(*shape[:axis], tiles * self.tile.size, *shape[axis + 1 :])
         return lax.slice_in_dim(x, 0, self.length, axis=axis)
+
+    def of_high_bits(self, bits: int, high_bits: int) -> "Packing":
+        """How a second payload holds the `high_bits` of the same elements, if the first has their `bits`."""
+        size, stored = self.tile
+        if stored * high_bits % bits:
+            raise Unaligned
+        return self._replace(tile=Tile(size, stored * high_bits // bits))
+
+
+def _fill(x: Array, axis: int, length: int) -> Array:
+    """`x` with zeros at the end of `axis`, up to this length."""
+    missing = length - x.shape[axis]
+    return jnp.pad(x, [(0, missing * (i == axis)) for i in range(x.ndim)]) if missing else x
 
 
 def payload_leaf(array: Any, packing: Packing | None) -> Leaf:
@@ -128,7 +160,7 @@ def payload_leaf(array: Any, packing: Packing | None) -> Leaf:
     if packing is not None:
         packing.check(shape)
         tiles[packing.axis], shape[packing.axis] = packing.tile, packing.length
-    return Leaf(array, tuple(shape), tuple(tiles), ordered=True)
+    return Leaf(array, tuple(shape), tuple(tiles), role="codes")
 
 
 def packing_of(leaf: Leaf) -> Packing | None:
@@ -142,33 +174,46 @@ def packing_of(leaf: Leaf) -> Packing | None:
     return Packing(axis - len(leaf.tiles), leaf.shape[axis], leaf.tiles[axis])
 
 
-def scale_leaf(scale: Any, shape: Sequence[int], block_size: int | None = None) -> Leaf:
-    """A scale of the rank of `shape`: along each axis one for all, one each, or one for every
-    `block_size` elements."""
+def scale_leaf(
+    scale: Any, shape: Sequence[int], block_size: BlockSize = None, role: Role = "factor"
+) -> Leaf:
+    """Numbers of the rank of `shape`: along each axis one for all, one each, or one for every block."""
     tiles = []
-    for stored, length in zip(scale.shape, shape, strict=True):
+    for axis, (stored, length) in enumerate(zip(scale.shape, shape, strict=True)):
         if stored == 1:
             tiles.append(constant_tile(length))
         elif stored == length:
             tiles.append(EACH)
         else:
-            tiles.append(Tile(block_size or 0))
-    return Leaf(scale, tuple(shape), tuple(tiles), ordered=False)
+            tiles.append(Tile(_along(block_size, axis - len(shape))))
+    return Leaf(scale, tuple(shape), tuple(tiles), role)
 
 
-def scale_block_size(leaf: Leaf) -> int | None:
-    """The inverse of `scale_leaf`: the one block size among the tiles of a scale."""
-    sizes = {
-        tile.size
-        for axis, tile in enumerate(leaf.tiles)
-        if tile.size > 1 and not leaf.is_constant_along(axis)
-    }
-    if len(sizes) > 1:
-        raise Unaligned
-    return sizes.pop() if sizes else None
+def _along(block_size: BlockSize, axis: int) -> int:
+    """The block size along an axis that is counted from the end; 0 if it has none."""
+    if isinstance(block_size, tuple):
+        return block_size[axis] if -axis <= len(block_size) else 0
+    return block_size or 0
 
 
-def check_scale(name: str, scale: Any, shape: Sequence[int], block_size: int | None) -> None:
+def common_block_size(leaves: Iterable[Leaf]) -> BlockSize:
+    """The inverse of `scale_leaf`: the block size that says the tiles of all these leaves.
+
+    **Raises:** `Unaligned` if two of them have blocks of different sizes along one axis.
+    """
+    sizes: dict[int, int] = {}
+    for leaf in leaves:
+        for axis, tile in enumerate(leaf.tiles, start=-len(leaf.tiles)):
+            if tile.size == 1 or leaf.is_constant_along(axis):
+                continue
+            if sizes.setdefault(axis, tile.size) != tile.size:
+                raise Unaligned
+    if len(set(sizes.values())) < 2:
+        return next(iter(sizes.values()), None)
+    return tuple(sizes.get(axis, 1) for axis in range(min(sizes), 0))
+
+
+def check_scale(name: str, scale: Any, shape: Sequence[int], block_size: BlockSize) -> None:
     """Raises `ValueError` unless `scale_leaf` has a meaning for these arguments."""
     if scale.ndim != len(shape):
         raise ValueError(
@@ -176,7 +221,8 @@ def check_scale(name: str, scale: Any, shape: Sequence[int], block_size: int | N
             f"shape {scale.shape}, the array {tuple(shape)}."
         )
     for axis, (stored, length) in enumerate(zip(scale.shape, shape, strict=True)):
-        blocks = -(-length // block_size) if block_size else 1
+        size = _along(block_size, axis - len(shape))
+        blocks = -(-length // size) if size else 1
         if stored not in (1, length, blocks):
             raise ValueError(
                 f"{name} has {stored} entries along axis {axis}, where the array has {length} and "
@@ -206,6 +252,33 @@ def spread(leaf: Leaf, axes: Sequence[int] | None = None) -> Array:
     return array
 
 
+def combine(function: Callable[[Array, Array], Array], a: Leaf, b: Leaf) -> Leaf:
+    """The function of two leaves of numbers, on tiles within which both are constant."""
+    for axis in range(len(a.shape)):
+        a, b = _refined(a, b, axis), _refined(b, a, axis)
+    tiles = tuple(
+        theirs if a.is_constant_along(axis) else own
+        for axis, (own, theirs) in enumerate(zip(a.tiles, b.tiles, strict=True))
+    )
+    return a._replace(array=function(a.array, b.array), tiles=tiles)
+
+
+def _refined(leaf: Leaf, other: Leaf, axis: int) -> Leaf:
+    """`leaf` with tiles along `axis` that lie within its own and those of `other`, or divide those."""
+    own, theirs = leaf.tiles[axis].size, other.tiles[axis].size
+    if leaf.is_constant_along(axis) or other.is_constant_along(axis) or theirs % own == 0:
+        return leaf
+    if own % theirs == 0:
+        array = repeat(leaf.array, own // theirs, axis, other.array.shape[axis])
+        return leaf.with_axis(axis, array, other.tiles[axis], leaf.shape[axis])
+    return leaf.with_axis(axis, spread(leaf, [axis]), EACH, leaf.shape[axis])
+
+
+def rounded(x: Array) -> Array:
+    """`x`, in a form that keeps XLA from fusing the product that it is with a sum into one rounding."""
+    return jnp.where(x == x, x, jnp.nan)
+
+
 def repeat(array: Array, times: int, axis: int, length: int) -> Array:
     """Each entry of `axis` so many times, the last ones left out beyond `length`."""
     # Not jnp.repeat: with explicit mesh axes it asks how to split the result.
@@ -231,7 +304,7 @@ def reslice(leaf: Leaf, axis: int, start: int, stop: int, stride: int = 1) -> Le
     if size == 1:
         array = lax.slice_in_dim(array, start, stop, stride, axis)
         return leaf.with_axis(axis, array, EACH, len(indices))
-    if not leaf.ordered and len(indices) and start // size == indices[-1] // size:
+    if not leaf.holds_codes and len(indices) and start // size == indices[-1] // size:
         one = lax.slice_in_dim(array, start // size, start // size + 1, axis=axis)
         return leaf.with_axis(axis, one, constant_tile(len(indices)), len(indices))
     if stride == 1 and start % size == 0 and (stop % size == 0 or stop == length):
@@ -246,7 +319,7 @@ def reverse(leaf: Leaf, axis: int) -> Leaf:
     size = leaf.tiles[axis].size
     if leaf.is_constant_along(axis):
         return leaf
-    if size == 1 or (not leaf.ordered and leaf.shape[axis] % size == 0):
+    if size == 1 or (not leaf.holds_codes and leaf.shape[axis] % size == 0):
         return leaf._replace(array=lax.rev(leaf.array, (axis,)))
     raise Unaligned
 
@@ -257,7 +330,7 @@ def transpose(leaf: Leaf, permutation: Sequence[int]) -> Leaf:
         lax.transpose(leaf.array, permutation),
         tuple(leaf.shape[axis] for axis in permutation),
         tuple(leaf.tiles[axis] for axis in permutation),
-        leaf.ordered,
+        leaf.role,
     )
 
 
@@ -265,7 +338,7 @@ def insert_axis(leaf: Leaf, axis: int) -> Leaf:
     """`leaf` of the logical array with a new axis of length 1 before `axis`."""
     tiles = (*leaf.tiles[:axis], EACH, *leaf.tiles[axis:])
     shape = (*leaf.shape[:axis], 1, *leaf.shape[axis:])
-    return Leaf(lax.expand_dims(leaf.array, (axis,)), shape, tiles, leaf.ordered)
+    return Leaf(lax.expand_dims(leaf.array, (axis,)), shape, tiles, leaf.role)
 
 
 def remove_axis(leaf: Leaf, axis: int) -> Leaf:
@@ -274,18 +347,18 @@ def remove_axis(leaf: Leaf, axis: int) -> Leaf:
         raise Unaligned
     tiles = leaf.tiles[:axis] + leaf.tiles[axis + 1 :]
     shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
-    return Leaf(lax.squeeze(leaf.array, (axis,)), shape, tiles, leaf.ordered)
+    return Leaf(lax.squeeze(leaf.array, (axis,)), shape, tiles, leaf.role)
 
 
 def widen(leaf: Leaf, axis: int, length: int) -> Leaf:
     """`leaf` of the logical array broadcast along `axis`, from length 1 to `length`."""
-    if not leaf.ordered and length:
+    if not leaf.holds_codes and length:
         return leaf.with_axis(axis, leaf.array, constant_tile(length), length)
     if leaf.tiles[axis].size != 1:
         raise Unaligned
     array = leaf.array
     shape = (*array.shape[:axis], length, *array.shape[axis + 1 :])
-    if not leaf.ordered:
+    if not leaf.holds_codes:
         return leaf.with_axis(axis, array, constant_tile(length), length)
     array = lax.broadcast_in_dim(array, shape, range(array.ndim))
     return leaf.with_axis(axis, array, EACH, length)
@@ -301,7 +374,7 @@ def join(leaves: Sequence[Leaf], axis: int) -> Leaf:
     tile = sizes.pop() if sizes else leaves[-1].tiles[axis]
     last = leaves[-1].tiles[axis]
     fits_last = last == tile or (
-        leaves[-1].is_constant_along(axis) and lengths[-1] <= tile.size and not first.ordered
+        leaves[-1].is_constant_along(axis) and lengths[-1] <= tile.size and not first.holds_codes
     )
     whole = all(n % tile.size == 0 for n in lengths[:-1])
     if sizes or not fits_last or not whole or any(n == 0 for n in lengths):
@@ -314,21 +387,20 @@ def _shape_along(leaf: Leaf, axis: int) -> tuple[Tile, int]:
     return leaf.tiles[axis], leaf.array.shape[axis]
 
 
-def pad(leaf: Leaf, axis: int, low: int, high: int, interior: int) -> Leaf:
-    """`leaf` of the logical array padded (`lax.pad`) along `axis`, where the code 0 means the
-    value 0. Scales of new elements are 1; they multiply codes that are 0."""
+def pad(leaf: Leaf, axis: int, low: int, high: int, interior: int, filler: Any) -> Leaf:
+    """`leaf` of the logical array padded (`lax.pad`) along `axis` with elements that store `filler`."""
     length = leaf.shape[axis]
     new_length = low + high + length + max(length - 1, 0) * interior
     if (low, high, interior) == (0, 0, 0):
         return leaf
-    if leaf.is_constant_along(axis):
+    if leaf.role == "factor" and leaf.is_constant_along(axis):
         return leaf.with_axis(axis, leaf.array, constant_tile(new_length), new_length)
     if leaf.tiles[axis].size != 1:
         raise Unaligned
     config = [(0, 0, 0)] * leaf.array.ndim
     config[axis] = (low, high, interior)
-    filler = jnp.zeros((), leaf.array.dtype) if leaf.ordered else jnp.ones((), leaf.array.dtype)
-    return leaf.with_axis(axis, lax.pad(leaf.array, filler, config), EACH, new_length)
+    array = lax.pad(leaf.array, jnp.asarray(filler, leaf.array.dtype), config)
+    return leaf.with_axis(axis, array, EACH, new_length)
 
 
 def dynamic_slice(leaf: Leaf, axis: int, start: Any, size: int) -> Leaf:
@@ -342,7 +414,7 @@ def dynamic_slice(leaf: Leaf, axis: int, start: Any, size: int) -> Leaf:
     if leaf.tiles[axis].size == 1:
         array = lax.dynamic_slice_in_dim(leaf.array, start, size, axis)
         return leaf.with_axis(axis, array, EACH, size)
-    if not leaf.ordered and size == 1:
+    if not leaf.holds_codes and size == 1:
         array = lax.dynamic_slice_in_dim(leaf.array, start // leaf.tiles[axis].size, 1, axis)
         return leaf.with_axis(axis, array, EACH, 1)
     raise Unaligned
@@ -358,9 +430,9 @@ def reshape(leaf: Leaf, new_shape: Sequence[int]) -> Leaf:
     stored = [1] * len(new_shape)
     for old, new in _matching_axes(shape, new_shape):
         flat, count = _merge(leaf, old)
-        for axis, tile, n in _split(flat, count, leaf.ordered, new, new_shape):
+        for axis, tile, n in _split(flat, count, leaf.holds_codes, new, new_shape):
             tiles[axis], stored[axis] = tile, n
-    return Leaf(lax.reshape(leaf.array, stored), tuple(new_shape), tuple(tiles), leaf.ordered)
+    return Leaf(lax.reshape(leaf.array, stored), tuple(new_shape), tuple(tiles), leaf.role)
 
 
 def _matching_axes(
@@ -393,7 +465,7 @@ def _merge(leaf: Leaf, axes: Sequence[int]) -> tuple[Tile, int]:
         tile = constant_tile(length)
     for axis in reversed(major):
         n = leaf.array.shape[axis]
-        if count == 1 and not leaf.ordered:  # one value for all that is merged so far
+        if count == 1 and not leaf.holds_codes:  # one value for all that is merged so far
             size = shape[axis] if n == 1 else leaf.tiles[axis].size
             tile = Tile(size * length)
         elif leaf.tiles[axis].size != 1 or n != shape[axis] or length % tile.size:
@@ -403,7 +475,7 @@ def _merge(leaf: Leaf, axes: Sequence[int]) -> tuple[Tile, int]:
 
 
 def _split(
-    tile: Tile, count: int, ordered: bool, axes: Sequence[int], shape: Sequence[int]
+    tile: Tile, count: int, holds_codes: bool, axes: Sequence[int], shape: Sequence[int]
 ) -> list[tuple[int, Tile, int]]:
     """The inverse of `_merge`: for each of `axes` its tile and how many elements the leaf holds."""
     out = []
@@ -413,13 +485,13 @@ def _split(
             n = length // tile.size * tile.stored
             out.append((axis, tile, n))
             tile = EACH
-        elif not ordered and tile.size % length == 0:
+        elif not holds_codes and tile.size % length == 0:
             n = 1
             out.append((axis, constant_tile(length), n))
             tile = Tile(tile.size // length)
         else:
             raise Unaligned
         count //= n
-    if not ordered and count == 1:
+    if not holds_codes and count == 1:
         tile = constant_tile(shape[axes[0]])
     return [*out, (axes[0], tile, count)]

@@ -11,10 +11,10 @@ import jax.tree_util as jtu
 from jax import Array
 from jaxtyping import Float
 
-from ._array import AbstractScaledArray
+from ._checks import as_float_array, check_choice, normalize_axes
 from ._dispatch import as_dense, lay_out
 from ._implicit import is_implicit
-from ._quantize import as_float_array, check_choice, normalize_axes
+from ._scaled import AbstractScaledArray
 from .column_major import ColumnMajor
 from .formats import Array8B
 from .tiles import spread
@@ -61,13 +61,21 @@ def trainable(model: Any, *, scales: bool = False) -> Any:
                 eqx.is_inexact_array(leaf)
                 and (
                     jtu.keystr(path[:1], simple=True) in x.trained
-                    or (scales and isinstance(x, AbstractScaledArray | ColumnMajor))
+                    or (scales and _is_scale(x, path))
                 )
             ),
             x,
         )
 
     return jtu.tree_map(mark, model, is_leaf=is_implicit)
+
+
+def _is_scale(x: Any, path: Any) -> bool:
+    """Whether the leaf at this path of an array is a factor or summand: the format says so, not the dtype."""
+    if isinstance(x, ColumnMajor):
+        x, path = x.stored, path[1:]
+    name = jtu.keystr(path[:1], simple=True)
+    return isinstance(x, AbstractScaledArray) and name in (*x.factors, *x.summands)
 
 
 # ------------------------------------------------------------------ quantization-aware training
@@ -170,9 +178,13 @@ def _largest(q: Any) -> Array:
         raise TypeError(
             f'gradient="clipped" needs a format with scales, such as Array1B.quantize; how gave {q!r}.'
         )
-    if q.scale is None:
-        return jnp.asarray(q.largest, jnp.float32)
-    return jnp.abs(spread(q.scale_leaf)) * q.largest * (1 + 4 * jnp.finfo(jnp.float32).eps)
+    ends = [jnp.asarray(end, jnp.float32) for end in q.coding.range]
+    if (scale := q.scale_leaf) is not None:
+        ends = [end * spread(scale) for end in ends]
+    if (offset := q.offset_leaf) is not None:
+        ends = [end + spread(offset) for end in ends]
+    slack = 1 + 4 * jnp.finfo(jnp.float32).eps
+    return jnp.maximum(*map(jnp.abs, ends)) * slack
 
 
 class LearnedStep(eqx.Module):

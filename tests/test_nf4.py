@@ -132,19 +132,27 @@ def test_double_quantization_loses_little_and_saves_three_eighths_of_a_bit():
     np.testing.assert_allclose(plain.absmax, double.scale, rtol=0.03)
 
 
-def test_structural_rules_expand_nested_scales_exactly():
-    q = eqq.ArrayNF4.quantize(jax.random.normal(jax.random.key(0), (8, 128)), double=True)
+# Groups of 256 scales: all of them, 4 rows of 64 scales, halves of rows of 512, and 28.4 rows of 9.
+@pytest.mark.parametrize(("shape", "are_tiles"), [
+    ((8, 128), True), ((16, 4096), True), ((8, 32768), True), ((64, 576), False),
+])  # fmt: skip
+def test_structural_rules_keep_nested_scales_where_groups_are_tiles(shape, are_tiles):
+    q = eqq.ArrayNF4.quantize(jax.random.normal(jax.random.key(0), shape), double=True)
     for program in (
         lambda x: x.T,
-        lambda x: x[2:5],
-        lambda x: x[:, 64:],
-        lambda x: x.reshape(4, 2, 128),
+        lambda x: x[4:8],
+        lambda x: x[:, shape[1] // 64 // 2 * 64 :],
+        lambda x: x.reshape(4, -1, shape[1]),
+        lambda x: jnp.stack([x.T, x.T[::1]])[1],
+        lambda x: jnp.concatenate([x, x]),
+        lambda x: x.T[:, 4:8].T,
     ):
-        moved = program(q)
-        assert isinstance(moved, eqq.ArrayNF4) and not isinstance(moved.absmax, NestedScale)
+        moved = eqq.implicit(program)(q)
+        assert isinstance(moved, eqq.ArrayNF4)
+        assert isinstance(moved.absmax, NestedScale) == are_tiles
         np.testing.assert_array_equal(moved.materialize(), program(q.materialize()))
     assert isinstance(q.astype(jnp.bfloat16).absmax, NestedScale)
-    np.testing.assert_array_equal(q.unnested().materialize(), q.materialize())
+    np.testing.assert_array_equal(q.expanded().materialize(), q.materialize())
 
 
 def test_each_slice_is_nested_by_itself_under_vmap():

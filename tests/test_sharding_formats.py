@@ -409,7 +409,7 @@ def test_a_device_decodes_its_shard_by_itself(name):
     names = ("a", "b")
     mapped = jax.shard_map(jnp.negative, mesh=AUTO, in_specs=P(*names), out_specs=P(*names))
     # The scales of a nested one are expanded outside.
-    q = split(name, AUTO, names).unnested()
+    q = split(name, AUTO, names).expanded()
     with eqq.on_materialize("ignore"):
         compiled = jax.jit(lambda q: eqq.materialize(eqq.implicit(mapped)(q))).lower(q).compile()
     assert_same(compiled(q), -dense(name))

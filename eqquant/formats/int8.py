@@ -12,10 +12,8 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int8
 
-from .._array import AbstractScaledArray
-from .._quantize import (
+from .._checks import (
     as_float_array,
-    by_blocks,
     check_blocks,
     check_choice,
     check_dtype,
@@ -23,7 +21,10 @@ from .._quantize import (
     inherit_sharding,
     normalize_axes,
 )
-from ..tiles import check_scale, scale_leaf, spread
+from .._scaled import AbstractScaledArray
+from ..coding import Coding
+from ..rounding import absmax as absmax_of, stored_block_size
+from ..tiles import BlockSize, scale_leaf, spread
 
 
 class Array8B(AbstractScaledArray):
@@ -57,7 +58,7 @@ class Array8B(AbstractScaledArray):
     """The codes, of the shape of the logical array."""
     dtype: np.dtype = eqx.field(static=True)
     """The dtype of the logical array."""
-    block_size: int | None = eqx.field(static=True)
+    block_size: BlockSize = eqx.field(static=True)
     """How many elements share a scale along an axis that has several scales; None if no axis has."""
     via: tuple[np.dtype, ...] = eqx.field(static=True)
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
@@ -65,10 +66,8 @@ class Array8B(AbstractScaledArray):
     """`"int8"` if what this is multiplied with is rounded to 8 bits, too."""
 
     payload: ClassVar[str] = "weight"
+    coding: ClassVar[Coding] = Coding(bits=8, signed=True)
     packing: ClassVar[None] = None
-    integers: ClassVar[bool] = True
-    largest: ClassVar[float] = 127.0
-    has_zero_code: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -79,7 +78,7 @@ class Array8B(AbstractScaledArray):
         *,
         shape: Sequence[int] | None = None,
         dtype: Any = None,
-        block_size: int | None = None,
+        block_size: BlockSize = None,
         via: tuple[np.dtype, ...] = (),
         activations: Literal["float", "int8"] = "float",
     ):
@@ -118,9 +117,6 @@ class Array8B(AbstractScaledArray):
                     f"{scale.shape}."
                 )
 
-    def __check_init__(self) -> None:
-        check_scale("scale", self.scale, self.weight.shape, self.block_size)
-
     @property
     def axis(self) -> tuple[int, ...]:
         """The axes along which elements share a scale, counted from the end."""
@@ -130,9 +126,6 @@ class Array8B(AbstractScaledArray):
             if stored != length
         )
 
-    def values(self, dtype: Any) -> Array:
-        return self.weight.astype(dtype)
-
     @classmethod
     def quantize(
         cls,
@@ -140,7 +133,7 @@ class Array8B(AbstractScaledArray):
         dtype: Any = None,
         axis: int | Sequence[int] | None = None,
         *,
-        block_size: int | None = None,
+        block_size: BlockSize = None,
         activations: Literal["float", "int8"] = "float",
     ) -> "Array8B":
         """Quantizes a floating-point array.
@@ -152,7 +145,8 @@ class Array8B(AbstractScaledArray):
         - `axis`: the axis or axes whose elements share one scale; by default the last.
             `axis=()` gives each element its own.
         - `block_size`: if given, only every `block_size` consecutive elements along `axis`
-            (one axis then) share a scale; the last block may be partial.
+            (one axis then) share a scale; the last block may be partial. With several axes, a tuple: (128, 128)
+            with `axis=(0, 1)` for blocks of a matrix.
         - `activations`: with `"int8"`, a product rounds the other operand to 8 bits as well (W8A8): the numbers
             that are summed up together, a row of activations, share a scale that is found on the fly, as in
             [LLM.int8()](https://arxiv.org/abs/2208.07339). Faster, and less exact: such a product is
@@ -187,19 +181,17 @@ class Array8B(AbstractScaledArray):
         check_choice("Array8B.quantize(activations=...)", activations, ("float", "int8"))
         scale, weight = _quantize(array, axes, block_size)
         check_finite("Array8B.quantize", array, scale)
-        stored_blocks = block_size if scale.shape != weight.shape else None
-        out = cls(scale, weight, dtype=dtype, block_size=stored_blocks, activations=activations)
+        stored = stored_block_size(array, axes, block_size)
+        out = cls(scale, weight, dtype=dtype, block_size=stored, activations=activations)
         return inherit_sharding(out, array)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _quantize(
-    x: Array, axes: tuple[int, ...], block_size: int | None
+    x: Array, axes: tuple[int, ...], block_size: BlockSize
 ) -> tuple[Float[Array, "..."], Int8[Array, "..."]]:
-    if block_size is not None and x.shape[axes[0]] <= block_size:
-        block_size = None
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    absmax = _absmax(x, axes, block_size).astype(wide)
+    absmax = absmax_of(x, axes, block_size).astype(wide)
     scale = (absmax / 127).astype(jnp.float32)
     # 127 * scale must not round up to infinity.
     scale = jnp.where(jnp.isinf(scale * 127) & jnp.isfinite(scale), jnp.nextafter(scale, 0), scale)
@@ -208,15 +200,6 @@ def _quantize(
     # Above 1e37 the reciprocal would be subnormal, and be flushed to zero.
     safe = jnp.where(is_zero, 1, absmax)
     inverse = jnp.where(is_zero, 0, jnp.where(absmax > 1e37, 127 / safe, 127 * (1 / safe)))
-    inverse = spread(scale_leaf(inverse, x.shape, block_size))
+    inverse = spread(scale_leaf(inverse, x.shape, stored_block_size(x, axes, block_size)))
     weight = jnp.clip(jnp.round(x.astype(wide) * inverse), -127, 127).astype(jnp.int8)
     return jnp.where(is_zero, 1, scale), weight
-
-
-def _absmax(x: Array, axes: tuple[int, ...], block_size: int | None) -> Array:
-    """The largest magnitude over `axes`, or over each block of one axis: exact in the dtype of `x`,
-    so that no copy of it is cast."""
-    if block_size is None:
-        return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
-    (axis,) = axes
-    return jnp.max(jnp.abs(by_blocks(x, axis, block_size)), axis=axis + 1, initial=0)

@@ -1,6 +1,7 @@
 """Quantized scales: the double quantization of QLoRA."""
 
 import math
+import operator
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -10,8 +11,22 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, UInt8
 
+from .. import tiles
+from .._scaled import StoredFactor
 from .._sharding import look_up, whole
-from ..tiles import repeat
+from ..coding import bisect
+from ..tiles import (
+    BlockSize,
+    combine,
+    common_block_size,
+    constant_tile,
+    EACH,
+    Leaf,
+    repeat,
+    rounded,
+    scale_leaf,
+    Tile,
+)
 
 
 GROUP = 256
@@ -36,27 +51,45 @@ DYNAMIC_MAP = _dynamic_map()
 _MIDPOINTS = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / np.float32(2)
 
 
-class NestedScale(eqx.Module):
+class NestedScale(StoredFactor):
     r"""Scales $s_i \approx o + m_g \, d_{c_i}$, with 8-bit codes $c_i$ into the dynamic map $d$.
 
-    $o$ is the mean of all scales, and $m_g$ the largest magnitude of $s - o$ in a group of 256 scales,
-    which are counted in row-major order. Under `vmap`, each slice is nested by itself.
+    $o$ is the mean of all scales, and $m_g$ the largest magnitude of $s - o$ in a group of 256 scales, which are counted
+    in row-major order. Under `vmap`, each slice is nested by itself. Where groups are whole rows, or equal parts of a
+    row, they are tiles of the array, and stay nested when it is cut or transposed; other ones are expanded then.
     """
 
     codes: UInt8[Array, "..."]
     """Of the shape of the scales."""
-    absmax: Float[Array, "... groups"]
-    """One for each group."""
+    absmax: Float[Array, "..."]
+    """One for each group: along a last axis, after axes that come from `vmap`; or, as tiles, of the rank of `codes`."""
     offset: Float[Array, "..."]
-    """The mean; its axes, if any, come from `vmap`."""
+    """The mean; its axes, if any, come from `vmap`. With groups as tiles, of the rank of `codes`."""
+    blocks: BlockSize = eqx.field(static=True, default=None)
+    """How many elements of the array share a group, or a mean, along an axis that has several, if groups are tiles."""
 
     @property
     def dtype(self) -> np.dtype:
         """What `materialize` gives."""
         return self.absmax.dtype
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the scales."""
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the scales."""
+        return self.codes.ndim
+
+    @property
+    def are_tiles(self) -> bool:
+        """Whether groups are stored as tiles of the array."""
+        return self.offset.ndim == self.absmax.ndim == self.codes.ndim
+
     def materialize(self) -> Float[Array, "..."]:
-        """The scales in float32, split over devices as the codes are.
+        """The scales in float32, split over devices as the codes are. Of groups that are not tiles.
 
         **Raises:** `ValueError` if there are too many or too few groups for the codes: if `shard_map`
         has cut them.
@@ -69,8 +102,53 @@ class NestedScale(eqx.Module):
             )
         centred = look_up(jnp.asarray(DYNAMIC_MAP), self.codes) * _each(self.absmax, shape)
         # Rounded before the sum: a fused multiply-add gives other bits than bitsandbytes.
-        centred = jnp.where(centred == centred, centred, jnp.nan)
-        return centred + lax.expand_dims(self.offset, range(batch, len(shape)))
+        return rounded(centred) + lax.expand_dims(self.offset, range(batch, len(shape)))
+
+    def leaves(self, shape: tuple[int, ...], block_size: BlockSize) -> dict[str, Leaf]:
+        codes = scale_leaf(self.codes, shape, block_size)
+        absmax, offset = self.absmax, self.offset
+        if self.are_tiles:
+            return {
+                "codes": codes,
+                "absmax": scale_leaf(absmax, shape, self.blocks),
+                "offset": scale_leaf(offset, shape, self.blocks),
+            }
+        batch, grouped = self.codes.shape[: offset.ndim], self.codes.shape[offset.ndim :]
+        flat = Leaf(
+            absmax, (*batch, math.prod(grouped)), (*[EACH] * len(batch), Tile(GROUP)), "factor"
+        )
+        groups = tiles.reshape(flat, self.codes.shape)
+        covers = tuple(
+            constant_tile(length) if groups.is_constant_along(axis) else Tile(group.size * own.size)
+            for axis, (length, group, own) in enumerate(
+                zip(shape, groups.tiles, codes.tiles, strict=True)
+            )
+        )
+        mean = lax.expand_dims(offset, range(len(batch), len(shape)))
+        return {
+            "codes": codes,
+            "absmax": Leaf(groups.array, shape, covers, "factor"),
+            "offset": scale_leaf(mean, shape),
+        }
+
+    def with_leaves(self, leaves: dict[str, Leaf]) -> "NestedScale":
+        return NestedScale(
+            leaves["codes"].array,
+            leaves["absmax"].array,
+            leaves["offset"].array,
+            common_block_size([leaves["absmax"], leaves["offset"]]),
+        )
+
+    def decoded(self, shape: tuple[int, ...], block_size: BlockSize) -> Leaf:
+        if not self.are_tiles:
+            return scale_leaf(self.materialize(), shape, block_size)
+        codes, absmax, offset = self.leaves(shape, block_size).values()
+        levels = codes._replace(array=look_up(jnp.asarray(DYNAMIC_MAP), self.codes))
+        centred = combine(operator.mul, levels, absmax)
+        return combine(operator.add, centred._replace(array=rounded(centred.array)), offset)
+
+    def expanded(self, shape: tuple[int, ...], block_size: BlockSize) -> Array:
+        return self.decoded(shape, block_size).array
 
     @classmethod
     def quantize(cls, scales: Float[Array, "..."]) -> "NestedScale":
@@ -87,22 +165,13 @@ def _quantize(scales: Float[Array, "..."]) -> NestedScale:
     padded = jnp.pad(centred, (0, groups * GROUP - flat.size)).reshape(groups, GROUP)
     absmax = jnp.max(jnp.abs(padded), axis=1)
     inverse = jnp.where(absmax == 0, 0, 1 / jnp.where(absmax == 0, 1, absmax))
-    codes = _nearest((scales - offset) * _each(inverse, scales.shape))
+    codes = bisect((scales - offset) * _each(inverse, scales.shape), _MIDPOINTS)
     return NestedScale(codes, absmax, offset)
 
 
 def _each(groups: Float[Array, "... groups"], shape: Sequence[int]) -> Float[Array, "..."]:
     """What each scale of an array of `shape` gets of its group. The trailing axes are grouped."""
     return repeat(groups, GROUP, -1, math.prod(shape[groups.ndim - 1 :])).reshape(shape)
-
-
-def _nearest(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
-    """The numbers of the values of the dynamic map that are nearest, by bisection: element by element,
-    so that the codes are split over devices as `x` is."""
-    midpoints, codes = jnp.asarray(_MIDPOINTS), jnp.zeros_like(x, jnp.int32)
-    for step in (128, 64, 32, 16, 8, 4, 2, 1):
-        codes = jnp.where(x > look_up(midpoints, codes + (step - 1)), codes + step, codes)
-    return codes.astype(jnp.uint8)
 
 
 def _mean(x: Float[Array, " n"]) -> Float[Array, ""]:

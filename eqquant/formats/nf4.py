@@ -1,6 +1,5 @@
 """4-bit NormalFloat: sixteen levels, two codes in a byte, one scale for each block."""
 
-import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -14,26 +13,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
 from .. import _sharding
-from .._array import AbstractScaledArray
-from .._quantize import (
+from .._checks import (
     as_float_array,
-    by_blocks,
     check_choice,
     check_dtype,
     check_finite,
     inherit_sharding,
     normalize_axes,
 )
-from ..tiles import (
-    check_scale,
-    Leaf,
-    Packing,
-    packing_of,
-    scale_block_size,
-    scale_leaf,
-    Tile,
-    Unaligned,
-)
+from .._scaled import AbstractScaledArray
+from ..coding import Coding
+from ..rounding import by_blocks, check_even_blocks, normalized, packing_in_blocks, searched
+from ..tiles import BlockSize, Packing, scale_leaf, Tile
 from .nested import NestedScale
 
 
@@ -44,10 +35,6 @@ LEVELS = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_MIDPOINTS = [(a + b) / 2 for a, b in itertools.pairwise(LEVELS)]
-# Candidates of scale="search", as fractions of the largest magnitude.
-_BLOCKS_AT_A_TIME = 1024
-_FRACTIONS = np.linspace(0.78, 1.12, 18, dtype=np.float32)
 
 
 class ArrayNF4(AbstractScaledArray):
@@ -80,19 +67,22 @@ class ArrayNF4(AbstractScaledArray):
     """One scale for each block along the packed axis, or one for all along another axis."""
     packing: Packing | None = eqx.field(static=True)
     """The packed axis, its length and its blocks; None for a 0-d array."""
+    block_size: BlockSize = eqx.field(static=True)
+    """How many consecutive elements share a scale; None for a 0-d array."""
     dtype: np.dtype = eqx.field(static=True)
     """The dtype of the logical array."""
     via: tuple[np.dtype, ...] = eqx.field(static=True)
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "packed"
-    codebook: ClassVar[tuple[float, ...]] = LEVELS
+    factors: ClassVar[tuple[str, ...]] = ("absmax",)
+    coding: ClassVar[Coding] = Coding(bits=4, levels=LEVELS, first="high")
 
     def __init__(
         self,
         packed: UInt8[Array, "..."],
         absmax: Float[Array, "..."] | NestedScale,
-        block_size: int | None = None,
+        block_size: BlockSize = None,
         sharding: NamedSharding | PartitionSpec | None = None,
         *,
         shape: Sequence[int] | None = None,
@@ -106,7 +96,8 @@ class ArrayNF4(AbstractScaledArray):
 
         - `packed`: the codes, as described under [`packed`][eqquant.ArrayNF4.packed].
         - `absmax`: of the rank of `packed`.
-        - `block_size`: of blocks along the last axis.
+        - `block_size`: of blocks along the last axis; with `packing`, how many elements share a scale (by default
+            those of a tile).
         - `sharding`: applied to the new array, as by `with_sharding`.
         - `shape`: of the logical array; by default all blocks are full.
         - `dtype`: of the logical array; float32 by default.
@@ -114,29 +105,20 @@ class ArrayNF4(AbstractScaledArray):
 
         **Raises:** `ValueError` if the leaves do not fit each other or the other arguments.
         """
-        if packing is None and block_size is not None:
-            check_block_size("ArrayNF4", block_size)
+        if packing is None and isinstance(block_size, int):
+            check_even_blocks("ArrayNF4", block_size)
             length = 2 * packed.shape[-1] if shape is None else shape[-1]
             packing = Packing(-1, length, Tile(block_size, block_size // 2))
         dtype = check_dtype("ArrayNF4(dtype=...)", jnp.float32 if dtype is None else dtype)
         self.packed, self.absmax = packed, absmax
-        self.packing, self.dtype, self.via = packing, dtype, via
+        if block_size is None and packing is not None:
+            block_size = packing.tile.size
+        self.packing, self.block_size, self.dtype, self.via = packing, block_size, dtype, via
         if shape is not None and tuple(shape) != self.shape:
             raise ValueError(f"shape={tuple(shape)} but the leaves say {self.shape}.")
         if sharding is not None:
             placed = self.with_sharding(sharding)
             self.packed, self.absmax = placed.packed, placed.absmax
-
-    def __check_init__(self) -> None:
-        if isinstance(self.absmax, NestedScale):
-            check_scale("absmax", self.absmax.codes, self.shape, self.block_size)
-        else:
-            check_scale("absmax", self.absmax, self.shape, self.block_size)
-
-    @property
-    def block_size(self) -> int | None:
-        """How many consecutive elements share a scale; None for a 0-d array."""
-        return None if self.packing is None else self.packing.tile.size
 
     @property
     def scale(self) -> Float[Array, "..."]:
@@ -148,21 +130,7 @@ class ArrayNF4(AbstractScaledArray):
         """The numbers of the levels, 0 to 15, one for each element of the logical array."""
         if self.packing is None:
             return self.packed
-        return self.packing.merge([self.packed >> 4, self.packed & 15])
-
-    def plane(self, i: int, dtype: Any) -> Array:
-        codes = self.packed if self.packing is None else (self.packed >> (4 - 4 * i)) & 15
-        return _sharding.look_up(jnp.asarray(LEVELS, dtype), codes)
-
-    def with_leaves(self, leaves: dict[str, Leaf]) -> "ArrayNF4":
-        packed, scale = leaves["packed"], leaves["scale"]
-        packing, block_size = packing_of(packed), scale_block_size(scale)
-        if block_size is not None and (packing is None or block_size != packing.tile.size):
-            raise Unaligned
-        return self.replace(packed=packed.array, absmax=scale.array, packing=packing)
-
-    def unnested(self) -> "ArrayNF4":
-        return self.replace(absmax=self.scale)
+        return self.packing.merge([self.plane_codes(i) for i in range(self.packing.elements)])
 
     def with_sharding(self, sharding: NamedSharding | PartitionSpec | None) -> "ArrayNF4":
         nested = self.absmax
@@ -171,10 +139,12 @@ class ArrayNF4(AbstractScaledArray):
         leaf = self.payload_leaf
         packed = _sharding.place(leaf, "packed", sharding)
         codes = scale_leaf(nested.codes, leaf.shape, self.block_size)
+        batch = 0 if nested.are_tiles else nested.offset.ndim
         placed = NestedScale(
             _sharding.place(codes, "absmax.codes", sharding),
-            _sharding.replicate(nested.absmax, "absmax.absmax", sharding, nested.offset.ndim),
-            _sharding.replicate(nested.offset, "absmax.offset", sharding, nested.offset.ndim),
+            _sharding.replicate(nested.absmax, "absmax.absmax", sharding, batch),
+            _sharding.replicate(nested.offset, "absmax.offset", sharding, batch),
+            nested.blocks,
         )
         return self.replace(packed=packed, absmax=placed)
 
@@ -225,54 +195,17 @@ class ArrayNF4(AbstractScaledArray):
         """
         array = as_float_array("ArrayNF4.quantize", array)
         dtype = check_dtype("ArrayNF4.quantize(dtype=...)", array.dtype if dtype is None else dtype)
-        check_block_size("ArrayNF4.quantize", block_size)
+        check_even_blocks("ArrayNF4.quantize", block_size)
         check_choice("ArrayNF4.quantize(scale=...)", scale, ("absmax", "search"))
-        packing = None
         if array.ndim:
             (axis,) = normalize_axes("ArrayNF4.quantize(axis=...)", int(axis), array.ndim)
-            length = array.shape[axis]
-            size = min(block_size, max(length + length % 2, 2))
-            packing = Packing(axis - array.ndim, length, Tile(size, size // 2))
+        packing = packing_in_blocks(array.shape, axis, block_size)
         packed, absmax = _quantize(array, packing, scale == "search")
         check_finite("ArrayNF4.quantize", array, absmax)
         if double:
             absmax = NestedScale.quantize(absmax)
         out = cls(packed, absmax, packing=packing, dtype=dtype)
         return inherit_sharding(out, array)
-
-
-def check_block_size(where: str, block_size: int) -> None:
-    if block_size < 2 or block_size % 2:
-        raise ValueError(
-            "block_size must divide nothing in particular, but it must be positive and even; "
-            f"{where}(..., block_size={block_size!r}) was given {block_size!r}."
-        )
-
-
-def _code(x: Array) -> Array:
-    """The number of the nearest level, the lower one of two that are equally near: by bisection."""
-    above, midpoints = [], [np.float32(m) for m in _MIDPOINTS]
-
-    def halve(bits: Sequence[Array], candidates: Sequence[np.float32]) -> Any:
-        """The midpoint to compare with next: the middle of those that the comparisons so far leave."""
-        if not bits:
-            return candidates[len(candidates) // 2]
-        middle = len(candidates) // 2
-        upper, lower = candidates[middle + 1 :], candidates[:middle]
-        return jnp.where(bits[0], halve(bits[1:], upper), halve(bits[1:], lower))
-
-    for _ in range(4):
-        above.append(x > halve(above, midpoints))
-    bits = [bit.astype(jnp.uint8) for bit in above]
-    return (bits[0] << 3) | (bits[1] << 2) | (bits[2] << 1) | bits[3]
-
-
-def _level(x: Array) -> Array:
-    """The level that `_code` numbers, without a table: element by element."""
-    level = jnp.full_like(x, LEVELS[0])
-    for midpoint, above in zip(_MIDPOINTS, LEVELS[1:], strict=True):
-        level = jnp.where(x > np.float32(midpoint), np.float32(above), level)
-    return level
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -290,49 +223,13 @@ def _quantize(
     absmax = jnp.where(absmax < jnp.finfo(jnp.float32).tiny, 0, absmax)
     absmax = jnp.where(jnp.isfinite(absmax), absmax, jnp.nan)
     if search and absmax.size:
-        absmax = _least_squares(wide, absmax, within)
+        absmax, _ = searched(wide, absmax, within, ArrayNF4.coding)
     if within is None or packing is None:
-        return _code(_normalized(wide, absmax)), absmax
+        return ArrayNF4.coding.nearest(normalized(wide, absmax)), absmax
     # Each half by itself: 4 times as fast as the codes of all, cut in half afterwards.
-    high, low = (_code(_normalized(half, absmax)) for half in jnp.split(wide, 2, axis=within))
+    halves = [
+        ArrayNF4.coding.nearest(normalized(half, absmax))
+        for half in jnp.split(wide, 2, axis=within)
+    ]
     shape = (*x.shape[: within - 1], packing.stored, *x.shape[within:])
-    return ((high << 4) | low).reshape(shape), lax.squeeze(absmax, (within,))
-
-
-def _normalized(x: Array, absmax: Array) -> Array:
-    # Reciprocals of the largest floats are subnormal, which XLA flushes to 0: go by a power of 2.
-    shrink = jnp.where(absmax > 1e37, np.float32(2**-10), np.float32(1))
-    inverse = jnp.where(absmax == 0, 0, 1 / jnp.where(absmax == 0, 1, absmax * shrink))
-    return x * inverse * shrink
-
-
-def _least_squares(x: Array, absmax: Array, within: int | None) -> Array:
-    """The scales of the least squared error, among the best ones for the codes of each candidate.
-
-    |x - s v|^2 is least at s = <x, v> / <v, v>, where it is |x|^2 - <x, v>^2 / <v, v>.
-    """
-    x, absmax, split = _sharding.whole(x), _sharding.whole(absmax), absmax
-    last = x.reshape(1, 1) if within is None else jnp.moveaxis(x, within, -1)
-
-    def search(block: tuple[Array, Array]) -> Array:
-        x, absmax = block
-        unit = _normalized(x, absmax)
-
-        def better(best: tuple[Array, Array], fraction: Array) -> tuple[tuple[Array, Array], None]:
-            explained, scale = best
-            v = _level(_normalized(x, absmax * fraction))
-            xv, vv = jnp.vdot(unit, v), jnp.vdot(v, v)
-            wins = xv * xv > explained * vv
-            ratio = xv / jnp.where(vv == 0, 1, vv)
-            return (
-                jnp.where(wins, xv * ratio, explained),
-                jnp.where(wins, absmax * ratio, scale),
-            ), None
-
-        start = (jnp.zeros_like(absmax), absmax)
-        return lax.scan(better, start, jnp.asarray(_FRACTIONS))[0][1]
-
-    # Some blocks at a time, so that what is held beside the array is small.
-    flat = (last.reshape(absmax.size, -1), absmax.reshape(-1))  # their blocks are in the same order
-    scale = lax.map(search, flat, batch_size=_BLOCKS_AT_A_TIME)
-    return _sharding.split_as(scale.reshape(absmax.shape), split)
+    return ArrayNF4.coding.pack(halves).reshape(shape), lax.squeeze(absmax, (within,))

@@ -11,25 +11,26 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, UInt8
 
-from .._array import AbstractScaledArray
-from .._quantize import (
+from .._checks import (
     as_float_array,
-    by_blocks,
     check_blocks,
     check_choice,
     check_dtype,
     check_finite,
     check_integers,
     inherit_sharding,
-    mean_where,
     normalize_axes,
 )
+from .._scaled import AbstractScaledArray
 from .._sharding import check_tiles
-from ..tiles import check_scale, Packing, scale_leaf, spread, Tile
+from ..coding import Coding, TernaryCoding
+from ..rounding import by_blocks, mean_where
+from ..tiles import BlockSize, Packing, scale_leaf, spread, Tile
 
 
 Levels = Literal["ternary", "binary"]
 _PER_BYTE = {"ternary": 5, "binary": 8}
+_CODINGS = {"ternary": TernaryCoding(), "binary": Coding(bits=1, low=-1, step=2)}
 _ALLOWED = {"ternary": (-1, 0, 1), "binary": (-1, 1)}
 _STEPS = 16
 
@@ -74,7 +75,7 @@ class Array1B(AbstractScaledArray):
     """The packed axis and its length; None for a 0-d array."""
     levels: Levels = eqx.field(static=True)
     """`"ternary"` or `"binary"`."""
-    block_size: int | None = eqx.field(static=True)
+    block_size: BlockSize = eqx.field(static=True)
     """How many elements share a scale along an axis that has several scales; None if no axis has."""
     dtype: np.dtype = eqx.field(static=True)
     """The dtype of the logical array."""
@@ -84,7 +85,6 @@ class Array1B(AbstractScaledArray):
     """`"int8"` if what this is multiplied with is rounded to 8 bits."""
 
     payload: ClassVar[str] = "weight"
-    integers: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Array1B(AbstractScaledArray):
         dtype: Any = None,
         levels: Levels = "ternary",
         packing: Packing | Literal["last"] | None = "last",
-        block_size: int | None = None,
+        block_size: BlockSize = None,
         via: tuple[np.dtype, ...] = (),
         activations: Literal["float", "int8"] = "float",
     ):
@@ -127,18 +127,10 @@ class Array1B(AbstractScaledArray):
         if shape is not None and tuple(shape) != self.shape:
             raise ValueError(f"shape={tuple(shape)} but the leaves say {self.shape}.")
 
-    def __check_init__(self) -> None:
-        if self.scale is not None:
-            check_scale("scale", self.scale, self.shape, self.block_size)
-
-    def plane(self, i: int, dtype: Any) -> Array:
-        # In 16 bits: CPUs compute in those as fast as in 8, GPUs in two thirds of the instructions.
-        if self.levels == "binary":
-            return (2 * ((self.weight >> i) & 1).astype(jnp.int16) - 1).astype(dtype)
-        # Times 3^i, in arithmetic modulo 1, the fraction begins with digit i: times 3, its integer part
-        # is the digit.
-        fraction = self.weight * jnp.uint8(3**i)
-        return (((fraction.astype(jnp.uint16) * 3) >> 8).astype(jnp.int16) - 1).astype(dtype)
+    @property
+    def coding(self) -> Coding:
+        """What the codes stand for."""
+        return _CODINGS[self.levels]
 
     @classmethod
     def quantize(
@@ -150,6 +142,7 @@ class Array1B(AbstractScaledArray):
         levels: Levels = "ternary",
         scale: Literal["absmean", "least_squares"] = "absmean",
         block_size: int | None = None,
+        tile: int | None = None,
         activations: Literal["float", "int8"] = "float",
     ) -> "Array1B":
         """Quantizes an array.
@@ -166,6 +159,9 @@ class Array1B(AbstractScaledArray):
             `"least_squares"`, 1.4 dB better on normally distributed weights.
         - `block_size`: if given, only every `block_size` consecutive elements along `axis`
             (one axis then) share a scale; the last block may be partial.
+        - `tile`: pack so many elements by themselves, if given: along the packed axis, an array can be cut and split
+            over devices at their multiples. With `tile=64`, 64 ternary numbers take 13 bytes (1.625 bits each), where
+            the five of a byte would only be whole at multiples of 5.
         - `activations`: with `"int8"`, a product rounds the other operand to 8 bits, as BitNet was trained
             (W1.58A8): as for [`Array8B`][eqquant.Array8B.quantize].
 
@@ -202,11 +198,16 @@ class Array1B(AbstractScaledArray):
         axes = normalize_axes("Array1B.quantize(axis=...)", axis, array.ndim)
         block_size = block_size if array.ndim else None
         check_blocks("Array1B.quantize", block_size, axes)
+        if tile is not None and tile < 1:
+            raise ValueError(
+                f"tile must be positive; Array1B.quantize(..., tile={tile}) was given {tile}."
+            )
         packing = None
         if array.ndim:
             packed = axes[-1] if axes else array.ndim - 1
-            length = array.shape[packed]
-            packing = Packing(packed - array.ndim, length, Tile(_PER_BYTE[levels]))
+            elements = _PER_BYTE[levels] if tile is None else tile
+            covers = Tile(elements, -(-elements // _PER_BYTE[levels]))
+            packing = Packing(packed - array.ndim, array.shape[packed], covers)
         if block_size is not None and block_size >= array.shape[axes[0]]:
             block_size = None
         how = None if exact else scale
@@ -255,12 +256,7 @@ def _quantize(
 
     digits = digit(x, threshold)
     planes = [digits] if packing is None else packing.split(digits)
-    if levels == "binary":
-        return sum((plane << i for i, plane in enumerate(planes)), jnp.uint8(0)), scale
-    number = jnp.zeros((), jnp.int32)
-    for i, plane in enumerate(planes):
-        number += plane.astype(jnp.int32) * 3 ** (4 - i)
-    return ((number * 256 + 242) // 243).astype(jnp.uint8), scale
+    return _CODINGS[levels].pack(planes), scale
 
 
 def _absmean(

@@ -11,28 +11,20 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, UInt8, UInt16
 
-from .._array import AbstractScaledArray
-from .._implicit import implicit
-from .._quantize import (
+from .._checks import (
     as_float_array,
     check_dtype,
     check_finite,
     check_integers,
     inherit_sharding,
-    mean_where,
     normalize_axes,
 )
+from .._implicit import implicit
+from .._scaled import AbstractScaledArray
 from .._sharding import check_tiles
-from ..tiles import (
-    check_scale,
-    Leaf,
-    Packing,
-    packing_of,
-    scale_block_size,
-    scale_leaf,
-    Tile,
-    Unaligned,
-)
+from ..coding import Coding, TernaryCoding
+from ..rounding import mean_where
+from ..tiles import Leaf, Packing, Tile
 
 
 class RSROperatorBinary(AbstractScaledArray):
@@ -75,9 +67,8 @@ class RSROperatorBinary(AbstractScaledArray):
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "codes"
-    integers: ClassVar[bool] = True
+    coding: ClassVar[Coding] = Coding(bits=1)
     block_size: ClassVar[None] = None
-    has_zero_code: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -116,10 +107,6 @@ class RSROperatorBinary(AbstractScaledArray):
         if shape is not None and tuple(shape) != self.shape:
             raise ValueError(f"shape={tuple(shape)} but the leaves say {self.shape}.")
 
-    def __check_init__(self) -> None:
-        if self.scale is not None:
-            check_scale("scale", self.scale, self.shape, None)
-
     @property
     def k(self) -> int:
         """How many columns a code holds."""
@@ -143,9 +130,6 @@ class RSROperatorBinary(AbstractScaledArray):
         is the binary expansion of `c`.
         """
         return jax.nn.one_hot(jnp.swapaxes(self.codes, -1, -2), 2**self.k)
-
-    def plane(self, i: int, dtype: Any) -> Array:
-        return ((self.codes >> i) & 1).astype(dtype)
 
     def dot(self, v: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         r"""$v A$ for a vector of length n, or a stack of them (..., n).
@@ -243,9 +227,9 @@ class RSROperatorTernary(AbstractScaledArray):
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "rsr_b1"
-    integers: ClassVar[bool] = True
+    high_payload: ClassVar[str] = "rsr_b2"
+    coding: ClassVar[Coding] = TernaryCoding()
     block_size: ClassVar[None] = None
-    has_zero_code: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -278,8 +262,6 @@ class RSROperatorTernary(AbstractScaledArray):
             raise ValueError(
                 f"rsr_b1 and rsr_b2 must be packed alike; they are {self.rsr_b1!r} and {self.rsr_b2!r}."
             )
-        if self.scale is not None:
-            check_scale("scale", self.scale, self.shape, None)
 
     @property
     def packing(self) -> Packing | None:
@@ -287,29 +269,30 @@ class RSROperatorTernary(AbstractScaledArray):
         return self.rsr_b1.packing
 
     @property
-    def payload_leaf(self) -> Leaf:
-        """That of `rsr_b1`, which `rsr_b2` resembles."""
-        return self.rsr_b1.payload_leaf
+    def payloads(self) -> dict[str, Any]:
+        """The codes of both operators."""
+        return {"rsr_b1": self.rsr_b1.codes, "rsr_b2": self.rsr_b2.codes}
 
     def plane(self, i: int, dtype: Any) -> Array:
         return self.rsr_b1.plane(i, dtype) - self.rsr_b2.plane(i, dtype)
 
-    def leaves(self) -> dict[str, Leaf]:
-        leaves = {"rsr_b1": self.rsr_b1.payload_leaf, "rsr_b2": self.rsr_b2.payload_leaf}
-        if self.scale is not None:
-            leaves["scale"] = scale_leaf(self.scale, self.shape)
-        return leaves
+    def filler(self, name: str) -> int:
+        return 0
 
-    def with_leaves(self, leaves: dict[str, Leaf]) -> "RSROperatorTernary":
-        operators = {
-            name: getattr(self, name).replace(codes=leaf.array, packing=packing_of(leaf))
+    def _packing_of(self, name: str) -> Packing | None:
+        return self.packing
+
+    def _with_payloads(self, leaves: dict[str, Leaf], packing: Packing | None) -> dict[str, Any]:
+        return {
+            name: getattr(self, name).replace(codes=leaf.array, packing=packing)
             for name, leaf in leaves.items()
-            if name != "scale"
         }
-        scale = leaves.get("scale")
-        if scale is not None and scale_block_size(scale) is not None:
-            raise Unaligned
-        return self.replace(**operators, scale=None if scale is None else scale.array)
+
+    def _encoded(self, values: Array) -> dict[str, Any]:
+        return {
+            "rsr_b1": self.rsr_b1.encode(values > 0.5),
+            "rsr_b2": self.rsr_b2.encode(values < -0.5),
+        }
 
     def dot(self, v: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         r"""$v A$ for a vector of length n, or a stack of them (..., n): as
@@ -384,9 +367,7 @@ def _encode(where: str, ones: Array, k: int, dtype: Any) -> RSROperatorBinary:
 @partial(jax.jit, static_argnums=1)
 def _codes(ones: Array, packing: Packing) -> Array:
     check_tiles(ones, packing.axis % ones.ndim, packing.tile.size)
-    dtype = jnp.uint8 if packing.elements <= 8 else jnp.uint16
-    planes = packing.split(ones.astype(dtype))
-    return sum((plane << i for i, plane in enumerate(planes)), jnp.zeros((), dtype))
+    return RSROperatorBinary.coding.pack(packing.split(ones.astype(jnp.uint8)))
 
 
 @partial(jax.jit, static_argnums=1)

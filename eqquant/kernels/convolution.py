@@ -14,8 +14,8 @@ import numpy as np
 from jax import Array, lax
 
 from .. import _compat, tiles
-from .._array import AbstractScaledArray
 from .._compat import ad, batching, mlir
+from .._scaled import AbstractScaledArray
 from .dot_general import quantized_dot_general
 from .pieces import by_pieces, rows_per_piece
 
@@ -107,7 +107,7 @@ def _product(
     (n, c, *points), (out, into, *spatial), y_spec = dimension_numbers
     for axis, step in zip(points, window_strides, strict=True):
         x = lax.slice_in_dim(x, 0, None, step, axis)
-    leaves = w.leaves()
+    leaves = w.expanded().leaves()
     for axis in sorted(spatial, reverse=True):
         leaves = {name: tiles.remove_axis(leaf, axis) for name, leaf in leaves.items()}
     contract = (((c,), (int(into > out),)), ((), ()))
@@ -205,7 +205,7 @@ def _abstract(
 
 def _lowering(implementation: Any) -> Any:
     def quantized_convolution(x: Array, *leaves: Array, treedef: Any, **params: Any) -> Array:
-        return implementation(x, jtu.tree_unflatten(treedef, leaves), **params)
+        return implementation(x, jtu.tree_unflatten(treedef, leaves).expanded(), **params)
 
     return mlir.lower_fun(quantized_convolution, multiple_results=False)
 

@@ -13,9 +13,9 @@ import jax.tree_util as jtu
 from jax import Array, lax
 
 from .. import _compat
-from .._array import AbstractScaledArray
 from .._compat import ad, batching, mlir
 from .._dispatch import note_kernel, preferred_implementation
+from .._scaled import AbstractScaledArray
 from ..tiles import spread
 from .matmul.choice import check, check_lowering, check_name, choose, computes, IMPLEMENTATIONS
 from .matmul.integer import DIGITS, rounded_rows
@@ -115,7 +115,7 @@ def _compute(
     platform: str | None = None,
     plain: bool = True,
 ) -> Array:
-    w = jtu.tree_unflatten(treedef, leaves)
+    w = jtu.tree_unflatten(treedef, leaves).expanded()
     accumulate = _accumulate_dtype(x, w, out_dtype)
     if implementation is not None:
         check(implementation, x, w, axes, accumulate)  # vmap may have added axes

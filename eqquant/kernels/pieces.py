@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import Array, lax
 
-from .._array import AbstractScaledArray
+from .._scaled import AbstractScaledArray
 from ..tiles import constant_tile, Leaf, reslice
 
 
@@ -71,8 +71,8 @@ def rows_per_piece(w: AbstractScaledArray, axis: int, limit: int) -> int:
     """
     length = w.shape[axis]
     varying = [leaf for leaf in w.leaves().values() if not leaf.is_constant_along(axis)]
-    payload = math.lcm(*(leaf.tiles[axis].size for leaf in varying if leaf.ordered))
-    scales = [leaf.tiles[axis].size for leaf in varying if not leaf.ordered]
+    payload = math.lcm(*(leaf.tiles[axis].size for leaf in varying if leaf.holds_codes))
+    scales = [leaf.tiles[axis].size for leaf in varying if not leaf.holds_codes]
     most = limit * length // w.size
     fitting = [
         rows
@@ -97,10 +97,9 @@ def _piece(w: AbstractScaledArray, axis: int, i: Array, rows: int) -> AbstractSc
         array = lax.dynamic_slice_in_dim(leaf.array, i * count, count, axis)
         return leaf.with_axis(axis, array, leaf.tiles[axis], rows)
 
-    return w.with_leaves({name: cut(leaf) for name, leaf in w.leaves().items()})
+    return w.moved(cut)
 
 
 def slice_rows(w: AbstractScaledArray, axis: int, start: int, stop: int) -> AbstractScaledArray:
     """The entries of `axis` from `start` to `stop`."""
-    leaves = w.leaves()
-    return w.with_leaves({name: reslice(leaf, axis, start, stop) for name, leaf in leaves.items()})
+    return w.moved(lambda leaf: reslice(leaf, axis, start, stop))

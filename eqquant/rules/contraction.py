@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .._array import AbstractScaledArray, QuantizedArray
+from .._array import QuantizedArray
 from .._dispatch import apply, dense_nbytes, densify, register, report_materialized, transparent
+from .._scaled import AbstractScaledArray
 from ..column_major import ColumnMajor, TransposedView
 from ..kernels import convolve, quantized_dot_general
 from ..tiles import dynamic_slice, remove_axis
@@ -149,10 +150,7 @@ def _as_tuples(numbers: Any) -> Any:
 
 
 def _entry(w: AbstractScaledArray, i: Array) -> AbstractScaledArray:
-    leaves = {
-        name: remove_axis(dynamic_slice(leaf, 0, i, 1), 0) for name, leaf in w.leaves().items()
-    }
-    return w.with_leaves(leaves)
+    return w.moved(lambda leaf: remove_axis(dynamic_slice(leaf, 0, i, 1), 0))
 
 
 # --------------------------------------------------------------------------------- convolution

@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat, _sharding
-from .._array import AbstractScaledArray, QuantizedArray
+from .._array import QuantizedArray
 from .._dispatch import (
     as_dense,
     lay_out,
@@ -34,6 +34,7 @@ from .._dispatch import (
     transparent,
 )
 from .._implicit import evaluate, implicit, is_implicit
+from .._scaled import AbstractScaledArray
 
 
 def _structure(x: Any) -> Any:
@@ -285,7 +286,7 @@ def _tangent_of(x: Any, tangent: Any) -> Any:
     moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
     if not is_implicit(x):
         return tangents[0]
-    if isinstance(x, AbstractScaledArray) and sum(moves) == 1 and x.scale is not None:
+    if isinstance(x, AbstractScaledArray) and sum(moves) == 1 and x.offset_leaf is None:
         # The derivative of s q along s' is s' q: the tangent is packed too.
         mixed = [t if move else leaf for leaf, t, move in zip(leaves, tangents, moves, strict=True)]
         return jtu.tree_unflatten(treedef, mixed)
@@ -414,7 +415,7 @@ def custom_vmap_call_any(primitive: Any, *operands: QuantizedArray | Array, **pa
 def shard_map_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
     mesh = params["mesh"]
     operands = tuple(map(lay_out, operands))
-    flat = [x.unnested() if isinstance(x, AbstractScaledArray) else x for x in operands]
+    flat = [x.expanded() if isinstance(x, AbstractScaledArray) else x for x in operands]
 
     def specs(x: Any, spec: PartitionSpec) -> Any:
         if not isinstance(x, AbstractScaledArray):

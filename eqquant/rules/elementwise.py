@@ -18,8 +18,9 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from .. import _compat
-from .._array import AbstractScaledArray, cast, QuantizedArray
+from .._array import QuantizedArray
 from .._dispatch import as_dense, register, report_materialized, transparent
+from .._scaled import AbstractScaledArray, cast
 from ..column_major import ColumnMajor
 
 
@@ -78,15 +79,19 @@ def _by_scalar(
     plain = scalar.dtype == x.dtype and jnp.issubdtype(x.dtype, jnp.floating)
     if scalar.ndim or not plain or result_dtype not in (None, x.dtype):
         return elementwise_dense(primitive, *operands, **params)
-    return _rescaled(x, lambda scale: primitive.bind(scale, scalar.astype(scale.dtype), **params))
+
+    def change(scale: Array) -> Array:
+        scale = scale.astype(
+            jnp.promote_types(scale.dtype, jnp.float32)
+        )  # float16 would lose digits
+        return primitive.bind(scale, scalar.astype(scale.dtype), **params)
+
+    return _rescaled(x, change)
 
 
 def _rescaled(x: AbstractScaledArray, change: Any) -> Any:
-    leaves = x.leaves()
-    if "scale" not in leaves or x.via:
-        return NotImplemented
-    scale = leaves["scale"]
-    return x.with_leaves({**leaves, "scale": scale._replace(array=change(scale.array))})
+    changed = None if x.via else x.with_multiplied(change)
+    return NotImplemented if changed is None else changed
 
 
 @register(lax.convert_element_type_p)

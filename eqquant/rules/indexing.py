@@ -17,8 +17,9 @@ import jax.tree_util as jtu
 from jax import Array, lax
 
 from .. import tiles
-from .._array import AbstractScaledArray, QuantizedArray
+from .._array import QuantizedArray
 from .._dispatch import densify, register, transparent
+from .._scaled import AbstractScaledArray
 from ..tiles import constant_tile, EACH, Leaf, Tile, Unaligned
 from .structural import leafwise
 
@@ -79,7 +80,7 @@ def _gather(leaf: Leaf, indices: Array, numbers: Any, slice_sizes: Sequence[int]
         elif slice_sizes[axis] == length:
             sizes[axis] = stored  # the start is clamped to 0
         elif axis in numbers.start_index_map and tile.size > 1:
-            if leaf.ordered or slice_sizes[axis] != 1:
+            if leaf.holds_codes or slice_sizes[axis] != 1:
                 raise Unaligned
             column = numbers.start_index_map.index(axis)
             columns[column] = jnp.clip(columns[column], 0, length - 1) // tile.size
@@ -95,7 +96,7 @@ def _gather(leaf: Leaf, indices: Array, numbers: Any, slice_sizes: Sequence[int]
         next(window) if i in numbers.offset_dims else (n, EACH)
         for i, n in enumerate(gathered.shape)
     ]
-    return Leaf(gathered, tuple(n for n, _ in axes), tuple(t for _, t in axes), leaf.ordered)
+    return Leaf(gathered, tuple(n for n, _ in axes), tuple(t for _, t in axes), leaf.role)
 
 
 # ------------------------------------------------------------------------------- dynamic slices
@@ -123,23 +124,29 @@ def dynamic_update_slice_scaled(
 ) -> Any:
     if type(x) is not type(update) or (x.dtype, x.via) != (update.dtype, update.via):
         return NotImplemented
-    updates, moved = update.leaves(), {}
-    for name, leaf in x.leaves().items():
-        new = updates[name]
-        begin = []
-        for axis, start in enumerate(starts):
-            whole = update.shape[axis] == x.shape[axis]
-            if whole and (new.tiles[axis], new.array.shape[axis]) == (
-                leaf.tiles[axis],
-                leaf.array.shape[axis],
-            ):
-                begin.append(0)
-            elif leaf.tiles[axis].size == 1 == new.tiles[axis].size:
-                begin.append(jnp.clip(start, 0, x.shape[axis] - update.shape[axis]))
-            else:
-                return NotImplemented
-        moved[name] = leaf._replace(array=lax.dynamic_update_slice(leaf.array, new.array, begin))
-    return x.with_leaves(moved)
+    try:
+        updates, moved = update.leaves(), {}
+        for name, leaf in x.leaves().items():
+            moved[name] = _updated(leaf, updates[name], starts)
+        return x.with_leaves(moved)
+    except (Unaligned, KeyError):
+        return NotImplemented
+
+
+def _updated(leaf: Leaf, new: Leaf, starts: Sequence[Array]) -> Leaf:
+    begin = []
+    for axis, start in enumerate(starts):
+        whole = new.shape[axis] == leaf.shape[axis]
+        if whole and (new.tiles[axis], new.array.shape[axis]) == (
+            leaf.tiles[axis],
+            leaf.array.shape[axis],
+        ):
+            begin.append(0)
+        elif leaf.tiles[axis].size == 1 == new.tiles[axis].size:
+            begin.append(jnp.clip(start, 0, leaf.shape[axis] - new.shape[axis]))
+        else:
+            raise Unaligned
+    return leaf._replace(array=lax.dynamic_update_slice(leaf.array, new.array, begin))
 
 
 # --------------------------------------------------------------------------------------- select

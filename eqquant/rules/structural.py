@@ -21,8 +21,9 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from .. import tiles
-from .._array import AbstractScaledArray, QuantizedArray
+from .._array import QuantizedArray
 from .._dispatch import apply, register, transparent
+from .._scaled import AbstractScaledArray
 from ..column_major import ColumnMajor, TransposedView
 from ..tiles import Leaf, Unaligned
 
@@ -30,7 +31,7 @@ from ..tiles import Leaf, Unaligned
 def leafwise(x: AbstractScaledArray, move: Callable[[Leaf], Leaf]) -> Any:
     """`x` with every leaf moved, or `NotImplemented` where that has no packed form."""
     try:
-        return x.with_leaves({name: move(leaf) for name, leaf in x.leaves().items()})
+        return x.moved(move)
     except Unaligned:
         return NotImplemented
 
@@ -191,12 +192,16 @@ def join(arrays: Sequence[Any], axis: int) -> Any:
     kept = [i for i, n in enumerate(lengths) if n]
     if len(kept) <= 1:
         return arrays[kept[0]] if kept else first
-    leaves = [arrays[i].leaves() for i in kept]
-    try:
-        joined = {name: tiles.join([each[name] for each in leaves], axis) for name in leaves[0]}
-        return first.with_leaves(joined)
-    except Unaligned:
-        return NotImplemented
+    for forms in itertools.zip_longest(*(arrays[i].forms() for i in kept)):
+        try:
+            leaves = [form.leaves() for form in forms if form is not None]
+            if len(leaves) < len(kept) or len({tuple(each) for each in leaves}) > 1:
+                continue  # one is expanded, and others are not
+            joined = {name: tiles.join([each[name] for each in leaves], axis) for name in leaves[0]}
+            return forms[0].with_leaves(joined)
+        except Unaligned:
+            continue
+    return NotImplemented
 
 
 @register(lax.concatenate_p)
@@ -227,12 +232,18 @@ def tile_scaled(primitive: Any, x: AbstractScaledArray, *, reps: Any, **params: 
 def pad_scaled(
     primitive: Any, x: AbstractScaledArray, value: Array, *, padding_config: Any, **params: Any
 ) -> Any:
-    if isinstance(value, Tracer) or not x.has_zero_code or np.asarray(value) != 0:
+    fillers = {name: x.filler(name) for name in x.payloads}
+    if isinstance(value, Tracer) or None in fillers.values() or np.asarray(value) != 0:
         return NotImplemented
 
-    def move(leaf: Leaf) -> Leaf:
+    def padded(name: str, leaf: Leaf) -> Leaf:
+        # A code of 0 times anything, plus 0.
+        filler = fillers.get(name, 0 if leaf.role == "summand" else 1)
         for axis, (low, high, interior) in enumerate(padding_config):
-            leaf = tiles.pad(leaf, axis, int(low), int(high), int(interior))
+            leaf = tiles.pad(leaf, axis, int(low), int(high), int(interior), filler)
         return leaf
 
-    return leafwise(x, move)
+    try:
+        return x.with_leaves({name: padded(name, leaf) for name, leaf in x.leaves().items()})
+    except Unaligned:
+        return NotImplemented

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax import Array
 
-from ..._array import AbstractScaledArray
+from ..._scaled import AbstractScaledArray
 from . import cpu
 from .fused import fused
 from .gpu import gpu, pays as pays_on_gpu, supports as supports_gpu

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from ..._array import AbstractScaledArray
+from ..._scaled import AbstractScaledArray
 from .integer import supports
 from .reference import Axes
 from .tables import BYTES, supports as supports_tables

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ... import _compat
-from ..._array import AbstractScaledArray
+from ..._scaled import AbstractScaledArray
 from ...tiles import EACH, Leaf, Packing, repeat, spread
 from .reference import Axes
 

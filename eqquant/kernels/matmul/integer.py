@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ..._array import AbstractScaledArray
+from ..._scaled import AbstractScaledArray
 from ...tiles import spread
 from ..pieces import by_pieces, rows_per_piece
 from .reference import Axes

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import Array, lax
 
-from ..._array import AbstractScaledArray
+from ..._scaled import AbstractScaledArray
 from ...tiles import reshape, Unaligned
 from .reference import Axes
 
@@ -41,7 +41,7 @@ def by_matrices(
     batch = x.shape[: x.ndim - len(inputs)]
     outputs = [w.shape[axis] for axis in axes.w_free(w.ndim)]
     sizes = math.prod(outputs), math.prod(w.shape) // math.prod(outputs)
-    w = w.unnested()
+    w = w.expanded()
     if w.ndim > 2:
         matrix = sizes if kinds[1] else sizes[::-1]
         w = w.with_leaves({name: reshape(leaf, matrix) for name, leaf in w.leaves().items()})
@@ -52,7 +52,7 @@ def _mapped(
     product: Any, x: Array, w: AbstractScaledArray, axes: Axes, x_axis: Any, axis: int, out: int
 ) -> Array:
     """`by_matrices` for each entry of `axis` of `w`, and of `x_axis` of `x` unless that is None."""
-    w = w.unnested()
+    w = w.expanded()
     if w.packing is not None and w.packing.axis % w.ndim <= axis:
         raise Unaligned  # the packed axis is counted from the end
     leaves, treedef = jtu.tree_flatten(w)

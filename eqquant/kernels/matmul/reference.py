@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jax import Array, lax
 
-from ..._array import AbstractScaledArray
+from ..._scaled import AbstractScaledArray
 
 
 class Axes(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..._array import AbstractScaledArray
+from ..._scaled import AbstractScaledArray
 from ...tiles import Packing, payload_leaf, scale_leaf, spread, Tile
 from ..pieces import zeros
 from .reference import Axes
@@ -27,7 +27,7 @@ BYTES = 256
 def supports(x: Array, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
     """Whether `tables` computes this product: along the first stored axis of `w` alone, packed in bytes, with
     scales that are constant along it or on whole tiles of the payload."""
-    payloads, packing = [name for name, leaf in w.leaves().items() if leaf.ordered], w.packing
+    payloads, packing = [name for name, leaf in w.leaves().items() if leaf.holds_codes], w.packing
     scale = w.scale_leaf
     return (
         x.size > 0

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from ..._array import AbstractScaledArray
+from ..._scaled import AbstractScaledArray
 from ..pieces import by_pieces, rows_per_piece
 from .fused import fused
 from .reference import Axes

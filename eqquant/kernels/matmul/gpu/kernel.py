@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from .... import _compat
-from ...._array import AbstractScaledArray
+from ...._scaled import AbstractScaledArray
 from ....tiles import Leaf, Tile
 from ...pieces import zeros
 from .blocks import Blocks
@@ -95,7 +95,7 @@ def product(x: Array, w: AbstractScaledArray, scale: Array | None, problem: Prob
     """Partial sums of `x` (rows, inputs) times the values of `w`, times `scale` if it is given: float32, of shape
     (splits, rows, outputs)."""
     leaves, treedef = jtu.tree_flatten(w)
-    payload = [leaf.array for leaf in w.leaves().values() if leaf.ordered]
+    payload = [leaf.array for leaf in w.leaves().values() if leaf.holds_codes]
     places = [next(i for i, leaf in enumerate(leaves) if leaf is array) for array in payload]
     table, permuting = None, not problem.interpret and problem.dtype != jnp.float32
     if w.codebook is not None:

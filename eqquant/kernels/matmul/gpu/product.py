@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import Array
 
-from ...._array import AbstractScaledArray
+from ...._scaled import AbstractScaledArray
 from ....tiles import Leaf, spread
 from ..matrices import by_matrices, holds_for_matrices
 from ..reference import Axes
@@ -148,7 +148,7 @@ def _leaves_the_sum(scale: Leaf, axis: int) -> bool:
 
 def _decodes(w: AbstractScaledArray) -> bool:
     """Whether the kernel can decode a block of the stored numbers as the format says."""
-    payload = [leaf.array for leaf in w.leaves().values() if leaf.ordered]
+    payload = [leaf.array for leaf in w.leaves().values() if leaf.holds_codes]
     if w.packing is not None and w.packing.elements > 16:
         return False
     if any(leaf.dtype not in (jnp.int8, jnp.uint8, jnp.uint16) for leaf in payload):

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from ...._array import AbstractScaledArray
+from ...._scaled import AbstractScaledArray
 from ....tiles import Leaf, spread
 from ..matrices import by_matrices, holds_for_matrices
 from ..reference import Axes

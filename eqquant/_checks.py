@@ -5,12 +5,13 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from . import _sharding
-from ._array import AbstractScaledArray, QuantizedArray
+from ._array import QuantizedArray
+from ._scaled import AbstractScaledArray
+from .tiles import BlockSize
 
 
 _Scaled = TypeVar("_Scaled", bound=AbstractScaledArray)
@@ -114,35 +115,14 @@ def check_choice(where: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{where} must be one of {', '.join(choices)}; it was given {value!r}.")
 
 
-def check_blocks(where: str, block_size: int | None, axes: Sequence[int]) -> None:
-    """Raises unless `block_size` is None, or positive with one axis."""
-    if block_size is not None and (block_size < 1 or len(axes) != 1):
-        raise ValueError(
-            f"{where}(block_size=...) must be positive and goes with exactly one axis; it was given "
-            f"{block_size} with the axes {tuple(axes)}."
-        )
-
-
-def by_blocks(x: Array, axis: int, size: int) -> Array:
-    """`x` with `axis` split in two: blocks of `size` elements, the last filled up with zeros, and the
-    elements within them."""
-    _sharding.check_tiles(x, axis, size)
-    blocks = -(-x.shape[axis] // size)
-    missing = blocks * size - x.shape[axis]
-    if missing:
-        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-    return x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :])
-
-
-def mean_where(x: Array, counted: Array, axes: Sequence[int]) -> Array:
-    """The mean over `axes` of what `counted` says, in float32: 0 of nothing, NaN if it is not finite.
-
-    What is not counted has to be zero, or NaN. One pass: two sums would make XLA hold their terms.
-    """
-    terms = (x.astype(jnp.float32), counted.astype(jnp.float32))
-    zero = jnp.zeros((), jnp.float32)
-    total, count = lax.reduce(
-        terms, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(axes)
+def check_blocks(where: str, block_size: BlockSize, axes: Sequence[int]) -> None:
+    """Raises unless `block_size` is None, a positive number with one axis, or one for each axis."""
+    sizes = block_size if isinstance(block_size, tuple) else (block_size,)
+    if block_size is None or (
+        len(sizes) == len(axes) and all(size is not None and size >= 1 for size in sizes)
+    ):
+        return
+    raise ValueError(
+        f"{where}(block_size=...) must be positive and goes with exactly one axis (or is a tuple, with a size for each "
+        f"axis); it was given {block_size} with the axes {tuple(axes)}."
     )
-    mean = total / jnp.maximum(count, 1)
-    return lax.expand_dims(jnp.where(jnp.isfinite(mean), mean, jnp.nan), tuple(axes))

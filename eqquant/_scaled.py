@@ -1,0 +1,535 @@
+"""The family of formats: codes on a scale, plus an offset, x = scale * values + offset.
+
+Three things are kept apart. *Stored leaves* (`leaves`) are what is moved, split over devices and saved. *What products
+read* (`plane`, `scale_leaf`, `offset_leaf`) is computed from whatever is stored. And the value (`materialize`) is defined
+here, once for all formats.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, get_origin, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from . import _sharding
+from ._array import QuantizedArray
+from .coding import Coding
+from .tiles import (
+    BlockSize,
+    check_scale,
+    combine,
+    common_block_size,
+    EACH,
+    Leaf,
+    Packing,
+    packing_of,
+    payload_leaf,
+    Role,
+    rounded,
+    scale_leaf,
+    spread,
+    Tile,
+    Unaligned,
+)
+
+
+_Scaled = TypeVar("_Scaled", bound="AbstractScaledArray")
+
+
+class StoredFactor(eqx.Module):
+    """A factor or summand that is itself stored in codes: what a format holds in place of an array of floats.
+
+    Its arrays have the rank of the logical array, as all stored leaves have; those of `"codes"` have the blocks that
+    the format says.
+    """
+
+    def leaves(self, shape: tuple[int, ...], block_size: BlockSize) -> dict[str, Leaf]:
+        """Its stored leaves. Raises `Unaligned` if it cannot be cut as the logical array is."""
+        raise NotImplementedError
+
+    def with_leaves(self, leaves: dict[str, Leaf]) -> "StoredFactor":
+        """The same of these leaves."""
+        raise NotImplementedError
+
+    def decoded(self, shape: tuple[int, ...], block_size: BlockSize) -> Leaf:
+        """The numbers in floating point."""
+        raise NotImplementedError
+
+    def expanded(self, shape: tuple[int, ...], block_size: BlockSize) -> "Array | StoredFactor":
+        """An equal one each number of which stands by itself; this one if they do."""
+        return self
+
+
+class CodedScale(StoredFactor):
+    """Numbers for blocks, stored in codes: in 8 bits of floating point (NVFP4, MXFP4), or as small integers."""
+
+    codes: Array
+    """One code for each block."""
+    coding: Coding = eqx.field(static=True)
+    """What a code stands for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the codes."""
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self.codes.ndim
+
+    def materialize(self) -> Array:
+        """The numbers in float32."""
+        return self.coding.value(self.codes, jnp.float32)
+
+    def leaves(self, shape: tuple[int, ...], block_size: BlockSize) -> dict[str, Leaf]:
+        return {"codes": scale_leaf(self.codes, shape, block_size)}
+
+    def with_leaves(self, leaves: dict[str, Leaf]) -> "CodedScale":
+        return CodedScale(leaves["codes"].array, self.coding)
+
+    def decoded(self, shape: tuple[int, ...], block_size: BlockSize) -> Leaf:
+        return scale_leaf(self.materialize(), shape, block_size)
+
+
+class AbstractScaledArray(QuantizedArray):
+    r"""A quantized array $x = s \circ v + m$: values $v$ from a small set, times a scale $s$, plus an offset $m$, both
+    constant on tiles.
+
+    A format gives its fields and says what each stored one is: the codes (`payload`), a factor of the scale
+    (`factors`), or a summand of the offset (`summands`); and what the codes stand for (`coding`). Every stored leaf has
+    the rank of the logical array, and each of its axes covers the matching logical axis in equal tiles. From that alone
+    follow values, products, transposition, slicing, broadcasting, `vmap`, `scan` and sharding, for every format.
+    """
+
+    payload: eqx.AbstractClassVar[str]
+    """The name of the field that holds the codes."""
+    coding: eqx.AbstractVar[Coding]
+    """What the codes stand for, and how they lie in stored numbers."""
+    packing: eqx.AbstractVar[Packing | None]
+    """How the payload holds several elements in one stored number; None if it does not."""
+    block_size: eqx.AbstractVar[BlockSize]
+    """How many elements share a stored factor or summand along an axis that has several; None if no axis has. One
+    with blocks of another size has a field of its own for that: `<name>_block_size`."""
+    via: eqx.AbstractVar[tuple[np.dtype, ...]]
+    """The dtypes that the values were rounded to before they were cast to `dtype`."""
+
+    high_payload: ClassVar[str | None] = None
+    """The name of a second field of codes: it holds the high bits of each (`Coding.high_bits`)."""
+    factors: ClassVar[tuple[str, ...]] = ("scale",)
+    """The fields whose product is the scale."""
+    summands: ClassVar[tuple[str, ...]] = ()
+    """The fields whose sum is the offset."""
+    multiplied: ClassVar[tuple[str, ...] | None] = None
+    """The fields that are multiplied when the array is: by default the first factor, and all summands."""
+    activations: ClassVar[str] = "float"
+    """`"int8"` if what this is multiplied with is rounded to 8 bits, too."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "materialize" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__}.materialize: the value of a scaled array is its scale times its values plus its "
+                "offset, and products rely on that. Override `plane`, `scale_leaf` or `offset_leaf` instead, or derive "
+                "from eqquant.QuantizedArray."
+            )
+        if "payload" not in cls.__dict__:
+            return
+        read = {cls.payload, cls.high_payload, *cls.factors, *cls.summands}
+        if unread := [name for name in _stored_fields(cls) if name not in read]:
+            raise TypeError(
+                f"{cls.__name__}.{unread[0]} is stored, but nothing reads it. Name it among `factors` (multiplied into "
+                "the scale) or `summands` (added to the offset), or as `payload` or `high_payload`; a static fact is "
+                "declared with eqx.field(static=True)."
+            )
+
+    def __check_init__(self) -> None:
+        for name, value, _ in self._numbers():
+            if hasattr(value, "shape"):
+                check_scale(name, value, self.shape, self._block_size_of(name))
+
+    # ---------------------------------------------------------------------------- values of codes
+
+    @property
+    def integers(self) -> bool:
+        """Whether all values are integers of at most 8 bits."""
+        return self.coding.is_integer
+
+    @property
+    def codebook(self) -> tuple[float, ...] | None:
+        """The values by their codes; None if they are computed."""
+        return self.coding.levels
+
+    def values(self, dtype: Any) -> Array:
+        """The values $v$, without scale and offset, as a dense array of `dtype`."""
+        if self.packing is None:
+            return self.plane(0, dtype)
+        return self.packing.merge([self.plane(i, dtype) for i in range(self.packing.elements)])
+
+    def plane(self, i: int, dtype: Any) -> Array:
+        """The values $v$ of the elements that lie in place `i` of their stored numbers: an array of the
+        shape of the payload."""
+        return self.coding.value(self.plane_codes(i), dtype)
+
+    def plane_codes(self, i: int) -> Array:
+        """The codes of those elements."""
+        packing, stored = self.packing, getattr(self, self.payload)
+        codes = self.coding.unpack(stored, i, 1 if packing is None else packing.elements)
+        if self.high_payload is None:
+            return codes
+        stored, low_bits = (
+            getattr(self, self.high_payload),
+            self.coding.bits - self.coding.high_bits,
+        )
+        if packing is None:
+            high = self.coding.unpack(stored, 0, 1, high=True)
+        else:
+            # A stored number of the second payload holds `ratio` times as many elements: this plane is as many of its.
+            wide = packing.of_high_bits(low_bits, self.coding.high_bits)
+            ratio = wide.elements // packing.elements
+            places = range(i * ratio, (i + 1) * ratio)
+            parts = [
+                self.coding.unpack(stored, place, wide.elements, high=True) for place in places
+            ]
+            in_plane = Tile(packing.tile.stored, wide.tile.stored)
+            high = Packing(wide.axis, packing.stored, in_plane).merge(parts)
+        return codes | (high.astype(codes.dtype) << low_bits)
+
+    def encode(self: _Scaled, array: Any) -> _Scaled:
+        """This scale and offset with other codes: those that are nearest to `array`.
+
+        **Arguments:**
+
+        - `array`: of the shape of this one.
+
+        **Raises:** `ValueError` if it has another shape.
+
+        !!! example
+
+            ```python
+            import jax.numpy as jnp
+            import eqquant as eqq
+
+            x = jnp.linspace(-1, 1, 12).reshape(3, 4)
+            q = eqq.Array8B.quantize(x)
+            assert (q.encode(x).weight == q.weight).all()
+            ```
+        """
+        if array.shape != self.shape:
+            raise ValueError(
+                f"encode(array) takes an array of shape {self.shape}; it was given {array.shape}."
+            )
+        x = jnp.asarray(array).astype(self.compute_dtype)
+        if (offset := self.offset_leaf) is not None:
+            x = x - spread(offset).astype(x.dtype)
+        if (scale := self.scale_leaf) is not None:
+            scales = spread(scale).astype(x.dtype)
+            x = jnp.where(scales == 0, 0, x / jnp.where(scales == 0, 1, scales))
+        return self.replace(**self._encoded(x))
+
+    def _encoded(self, values: Array) -> dict[str, Array]:
+        """The payloads that hold the codes nearest to these values."""
+        codes = self.coding.nearest(values)
+        planes = [codes] if self.packing is None else self.packing.split(codes)
+        changes = {self.payload: self.coding.pack(planes)}
+        if self.high_payload is not None:
+            if self.packing is not None:
+                low_bits = self.coding.bits - self.coding.high_bits
+                planes = self.packing.of_high_bits(low_bits, self.coding.high_bits).split(codes)
+            changes[self.high_payload] = self.coding.pack(planes, high=True)
+        return changes
+
+    # ---------------------------------------------------------------------- what products read
+
+    @property
+    def scale_leaf(self) -> Leaf | None:
+        """The scale that products take: one number for each tile, computed from whatever is stored for it. None if
+        all are 1."""
+        return self._combined(operator.mul, self.factors)
+
+    @property
+    def offset_leaf(self) -> Leaf | None:
+        """What is added to the scaled values, likewise. None if nothing is."""
+        return self._combined(operator.add, self.summands)
+
+    def _combined(self, function: Callable[..., Array], names: Sequence[str]) -> Leaf | None:
+        there = [self.number_leaf(name) for name in names if getattr(self, name) is not None]
+        return functools.reduce(functools.partial(combine, function), there) if there else None
+
+    def number_leaf(self, name: str) -> Leaf:
+        """One of the stored factors or summands, in float32 (float64 if it is)."""
+        value, size = getattr(self, name), self._block_size_of(name)
+        if isinstance(value, StoredFactor):
+            return value.decoded(self.shape, size)
+        wide = jnp.promote_types(value.dtype, jnp.float32)
+        return scale_leaf(value.astype(wide), self.shape, size)
+
+    # ----------------------------------------------------------------------------- stored leaves
+
+    @property
+    def payload_leaf(self) -> Leaf:
+        """The payload, with its tiles: the shape of the logical array is derived from it."""
+        return payload_leaf(self.payloads[self.payload], self.packing)
+
+    @property
+    def payloads(self) -> dict[str, Any]:
+        """The stored codes, by the names of their leaves."""
+        names = [self.payload] + ([self.high_payload] if self.high_payload else [])
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the logical array."""
+        return self.payload_leaf.shape
+
+    def _packing_of(self, name: str) -> Packing | None:
+        """How this one of the payloads is packed."""
+        if name == self.high_payload and self.packing is not None:
+            bits, high = self.coding.bits, self.coding.high_bits
+            return self.packing.of_high_bits(bits - high, high)
+        return self.packing
+
+    def _block_size_of(self, name: str) -> BlockSize:
+        return getattr(self, f"{name}_block_size", self.block_size)
+
+    def _numbers(self) -> Iterator[tuple[str, Any, Role]]:
+        """The stored factors and summands that are there."""
+        roles: dict[str, Role] = dict.fromkeys(self.factors, "factor")
+        for name, role in (roles | dict.fromkeys(self.summands, "summand")).items():
+            if (value := getattr(self, name)) is not None:
+                yield name, value, role
+
+    def leaves(self) -> dict[str, Leaf]:
+        """Every stored leaf, with its tiles, by the name of its field. Raises `Unaligned` if one has none: see
+        `forms`."""
+        shape = self.shape
+        found = {
+            name: payload_leaf(array, self._packing_of(name))
+            for name, array in self.payloads.items()
+        }
+        for name, value, role in self._numbers():
+            size = self._block_size_of(name)
+            if isinstance(value, StoredFactor):
+                parts = value.leaves(shape, size).items()
+                found |= {f"{name}.{part}": leaf._replace(role=role) for part, leaf in parts}
+            else:
+                found[name] = scale_leaf(value, shape, size, role)
+        return found
+
+    def with_leaves(self: _Scaled, leaves: dict[str, Leaf]) -> _Scaled:
+        """An array of these leaves, all else equal. Raises `Unaligned` if this format cannot
+        express their tiles."""
+        packing = packing_of(leaves[self.payload])
+        changes = self._with_payloads({name: leaves[name] for name in self.payloads}, packing)
+        blocks: dict[str, list[Leaf]] = {"block_size": []}
+        for name, value, _ in self._numbers():
+            leaf = leaves.get(name)
+            if isinstance(value, StoredFactor):
+                start = f"{name}."
+                parts = {k.removeprefix(start): v for k, v in leaves.items() if k.startswith(start)}
+                changes[name], leaf = value.with_leaves(parts), parts["codes"]
+            else:
+                assert leaf is not None
+                changes[name] = leaf.array
+            own = f"{name}_block_size"
+            blocks.setdefault(own if hasattr(self, own) else "block_size", []).append(leaf)
+        facts: dict[str, Any] = {name: common_block_size(group) for name, group in blocks.items()}
+        facts["packing"] = packing
+        names = {field.name for field in dataclasses.fields(self)}
+        if any(
+            value is not None and getattr(type(self), name, "") is None
+            for name, value in facts.items()
+        ):
+            raise Unaligned  # this format is never packed, or has no scales of blocks
+        return self.replace(**changes, **{name: v for name, v in facts.items() if name in names})
+
+    def _with_payloads(self, leaves: dict[str, Leaf], packing: Packing | None) -> dict[str, Any]:
+        """The changes of fields that make these leaves the payloads."""
+        if self.high_payload is not None:
+            expected = packing
+            if packing is not None:
+                bits, high = self.coding.bits, self.coding.high_bits
+                expected = packing.of_high_bits(bits - high, high)
+            if packing_of(leaves[self.high_payload]) != expected:
+                raise Unaligned
+        return {name: leaf.array for name, leaf in leaves.items()}
+
+    def forms(self: _Scaled) -> Iterator[_Scaled]:
+        """This array; and, if it has factors that are quantized in groups of their own, an equal one that has them
+        expanded: it can be cut where this one cannot."""
+        yield self
+        expanded = self.expanded()
+        if expanded is not self:
+            yield expanded
+
+    def moved(self: _Scaled, move: Callable[[Leaf], Leaf]) -> _Scaled:
+        """An array of the moved leaves, in the first of its forms that has them. Raises `Unaligned` if none has."""
+        *before, last = self.forms()
+        for form in before:
+            with contextlib.suppress(Unaligned):
+                return form.with_leaves({name: move(leaf) for name, leaf in form.leaves().items()})
+        return last.with_leaves({name: move(leaf) for name, leaf in last.leaves().items()})
+
+    def expanded(self: _Scaled) -> _Scaled:
+        """An equal array without factors that are quantized in groups of their own: they are expanded, exactly."""
+        changes = {}
+        for name, value, _ in self._numbers():
+            if isinstance(value, StoredFactor):
+                new = value.expanded(self.shape, self._block_size_of(name))
+                changes |= {} if new is value else {name: new}
+        return self.replace(**changes) if changes else self
+
+    def sliceable(self, axes: Sequence[int] = (0,)) -> "AbstractScaledArray | None":
+        stored = jtu.tree_leaves(self)
+        if all(leaf.shape[a : a + 1] == (self.shape[a],) for leaf in stored for a in axes):
+            return self
+        with contextlib.suppress(Unaligned):
+            return self.moved(lambda leaf: _each_along(leaf, axes))
+        return None
+
+    def filler(self, name: str) -> int | None:
+        """A stored number of this payload all of whose elements are 0; None if 0 has no code."""
+        elements = 1 if (packing := self._packing_of(name)) is None else packing.elements
+        return self.coding.filler(elements, high=name == self.high_payload)
+
+    def with_multiplied(self: _Scaled, change: Callable[[Array], Array]) -> _Scaled | None:
+        """This array with what is multiplied when it is (`multiplied`) changed; None if it has no scale to change."""
+        names = (*self.factors[:1], *self.summands) if self.multiplied is None else self.multiplied
+        there = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if not any(name in self.factors for name in there):
+            return None
+        if any(isinstance(value, StoredFactor) for value in there.values()):
+            expanded = self.expanded()
+            return None if expanded is self else expanded.with_multiplied(change)
+        return self.replace(**{name: change(value) for name, value in there.items()})
+
+    def replace(self: _Scaled, **changes: Any) -> _Scaled:
+        """A copy with some of its fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def with_dtype(self: _Scaled, dtype: np.dtype, via: tuple[np.dtype, ...]) -> _Scaled:
+        """An array of the same leaves with another logical dtype (see `cast`)."""
+        return self.replace(dtype=dtype, via=via)
+
+    def materialize(self) -> Array:
+        """The dense array of `shape` and `dtype`: the values times the scale plus the offset, computed in float32
+        (float64 if `dtype` is) with each of the two rounded, then rounded to `dtype`."""
+        return _materialize(self)
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        """What `materialize` computes in before it rounds."""
+        dtypes = {self.dtype, *(jnp.dtype(leaf.dtype) for leaf in jtu.tree_leaves(self))}
+        return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32)
+
+    # ------------------------------------------------------------------------------- sharding
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding | None:
+        """How the payload is laid out over devices; None under tracing."""
+        payload = self.payload_leaf.array
+        return None if isinstance(payload, Tracer) else payload.sharding
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the leaves lie on more than one device."""
+        return self.sharding is not None and len(self.sharding.device_set) > 1
+
+    def with_sharding(self: _Scaled, sharding: NamedSharding | PartitionSpec | None) -> _Scaled:
+        """This array with payload and scale split together over devices.
+
+        **Arguments:**
+
+        - `sharding`: for the axes of the *logical* array. A `PartitionSpec` refers to the current
+            mesh (`jax.set_mesh`); None leaves the array as it is. Under tracing it is a
+            constraint, otherwise the leaves are moved.
+
+        **Raises:** `ValueError` if an axis cannot be split so: it names axis, tile and mesh.
+        """
+        if sharding is None:
+            return self
+        placed = {
+            id(leaf.array): _sharding.place(leaf, name, sharding)
+            for name, leaf in self.leaves().items()
+        }
+        return jtu.tree_map(lambda array: placed[id(array)], self)
+
+    def reshard(self: _Scaled, sharding: NamedSharding | PartitionSpec | None) -> _Scaled:
+        """Alias of `with_sharding`."""
+        return self.with_sharding(sharding)
+
+    def with_mesh_and_axis(
+        self: _Scaled, mesh_and_axis: tuple[Mesh, PartitionSpec | Sequence[Any] | str | None]
+    ) -> _Scaled:
+        """`with_sharding` from a mesh and a spec: None (replicated), a `PartitionSpec`, a
+        sequence of axis names, or one name (for the first axis)."""
+        mesh, axis = mesh_and_axis
+        return self.with_sharding(NamedSharding(mesh, _sharding.as_spec(axis)))
+
+
+def _stored_fields(cls: type) -> list[str]:
+    """The fields that a class declares that are neither static nor variables of the class."""
+    found = []
+    for name, hint in inspect.get_annotations(cls).items():
+        default = cls.__dict__.get(name)
+        static = isinstance(default, dataclasses.Field) and default.metadata.get("static", False)
+        text = hint if isinstance(hint, str) else ""
+        variable = (
+            get_origin(hint) is ClassVar
+            or hint is ClassVar
+            or text.startswith(("ClassVar", "typing.ClassVar"))
+        )
+        if not static and not variable:
+            found.append(name)
+    return found
+
+
+def _each_along(leaf: Leaf, axes: Sequence[int]) -> Leaf:
+    """`leaf` as long as the logical array is along these axes."""
+    for axis in axes:
+        if leaf.array.shape[axis] != leaf.shape[axis]:
+            if leaf.holds_codes:
+                raise Unaligned
+            leaf = leaf.with_axis(axis, spread(leaf, [axis]), EACH, leaf.shape[axis])
+    return leaf
+
+
+def _decode(array: AbstractScaledArray) -> Array:
+    x = array.values(array.compute_dtype)
+    if (scale := array.scale_leaf) is not None:
+        x = x * spread(scale).astype(x.dtype)
+    if (offset := array.offset_leaf) is not None:
+        x = rounded(x) + spread(offset).astype(x.dtype)
+    for dtype in (*array.via, array.dtype):
+        x = x.astype(dtype)
+    return x
+
+
+def _materialize(array: AbstractScaledArray) -> Array:
+    # One fused pass when called by itself; part of the surrounding program under tracing.
+    if any(isinstance(leaf, Tracer) for leaf in jtu.tree_leaves(array)):
+        return _decode(array)
+    return _decode_in_one_pass(array)
+
+
+_decode_in_one_pass = jax.jit(_decode)
+
+
+def cast(array: AbstractScaledArray, dtype: Any) -> tuple[np.dtype, tuple[np.dtype, ...]]:
+    """The `dtype` and `via` of `array` cast to a floating-point `dtype`, value for value."""
+    chain = [array.compute_dtype, *array.via, array.dtype, jnp.dtype(dtype)]
+    for i in range(len(chain) - 2, 0, -1):  # a cast that lost nothing need not be remembered
+        if jnp.promote_types(chain[i - 1], chain[i]) == chain[i]:
+            del chain[i]
+    return chain[-1], tuple(chain[1:-1])
