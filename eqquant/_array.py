@@ -17,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from . import _sharding
-from ._dispatch import ImplicitArray, report_materialized
+from ._daylight import report_materialized
 from ._implicit import implicit
+from ._implicit_array import ImplicitArray
 from .tiles import (
     EACH,
     Leaf,

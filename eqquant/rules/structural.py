@@ -23,7 +23,7 @@ from jax.core import Tracer
 from .. import tiles
 from .._array import AbstractScaledArray, QuantizedArray
 from .._dispatch import apply, register, transparent
-from ..column_major import ColumnMajor, TransposedView
+from .._transposed import ColumnMajor, TransposedView
 from ..tiles import Leaf, Unaligned
 
 

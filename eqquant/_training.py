@@ -12,10 +12,10 @@ from jax import Array
 from jaxtyping import Float
 
 from ._array import AbstractScaledArray
-from ._dispatch import as_dense, lay_out
 from ._implicit import is_implicit
+from ._implicit_array import as_dense, in_row_major
 from ._quantize import as_float_array, check_choice, normalize_axes
-from .column_major import ColumnMajor
+from ._transposed import ColumnMajor
 from .formats import Array8B
 from .tiles import spread
 
@@ -165,14 +165,14 @@ def fake_quantize(
 
 def _largest(q: Any) -> Array:
     """The largest magnitude that the place of each element can hold, to rounding."""
-    q = lay_out(q)
+    q = in_row_major(q)
     if not isinstance(q, AbstractScaledArray):
         raise TypeError(
             f'gradient="clipped" needs a format with scales, such as Array1B.quantize; how gave {q!r}.'
         )
-    if q.scale is None:
+    if (scale := q.scale_leaf) is None:
         return jnp.asarray(q.largest, jnp.float32)
-    return jnp.abs(spread(q.scale_leaf)) * q.largest * (1 + 4 * jnp.finfo(jnp.float32).eps)
+    return jnp.abs(spread(scale)) * q.largest * (1 + 4 * jnp.finfo(jnp.float32).eps)
 
 
 class LearnedStep(eqx.Module):
