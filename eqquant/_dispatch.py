@@ -173,13 +173,13 @@ def apply(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any])
 
     Returns the list of its results, arrays or implicit arrays.
     """
-    rules = resolve(primitive, *map(type, operands))
-    if rules:
+    chain = resolve(primitive, *map(type, operands))
+    if chain:
         with jax.ensure_compile_time_eval():  # the value of a literal is known under tracing too
             arrays = [
                 x if isinstance(x, (ImplicitArray, Array)) else jnp.asarray(x) for x in operands
             ]
-        for rule in rules:
+        for rule in chain:
             with noting_kernels() as kernels:
                 out = rule(primitive, *arrays, **params)
             if out is not NotImplemented:
