@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import eqquant as eqq
-from eqquant import _dispatch
+from eqquant import _daylight
 from eqquant.formats.nested import NestedScale
 
 
@@ -185,7 +185,7 @@ COLUMNS = _columns()
 def outcome(program: Program, quantize: Callable[[Any], Any]) -> str:
     """What becomes of the operand: only its codes are computed."""
     x = quantize(jnp.linspace(-1, 1, math.prod(program.on)).reshape(program.on))
-    with _dispatch.recording() as met:
+    with _daylight.recording() as met:
         results = jax.eval_shape(eqq.implicit(program.run), x)
     if program.primitive not in {row.primitive for row in met}:
         raise ValueError(

@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from ._dispatch import ImplicitArray, report_materialized
+from ._daylight import report_materialized
 from ._implicit import implicit
+from ._implicit_array import ImplicitArray
 
 
 def _operator(function: Callable[..., Any]) -> Callable[..., Any]:

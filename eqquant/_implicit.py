@@ -11,7 +11,8 @@ import jax.tree_util as jtu
 import numpy as np
 
 from . import _compat
-from ._dispatch import apply, ImplicitArray, preferring, settle
+from ._dispatch import apply, preferring
+from ._implicit_array import ImplicitArray, without_views
 
 
 P = ParamSpec("P")
@@ -144,7 +145,7 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         values.update(zip(eqn.outvars, results, strict=True))
         for var in {v for v in eqn.invars if _is_var(v) and last_use[v] == i} - kept:
             del values[var]
-    return [settle(read(atom)) for atom in jaxpr.outvars]
+    return [without_views(read(atom)) for atom in jaxpr.outvars]
 
 
 def _is_var(atom: Any) -> bool:

@@ -21,10 +21,11 @@ from jax import Array, lax
 from jaxtyping import Float, PRNGKeyArray
 
 from ._array import QuantizedArray
-from ._dispatch import apply, as_dense, ImplicitArray, register, settle
+from ._dispatch import apply, register
 from ._implicit import is_implicit
-from .model import matching_paths, path_name, quantize
-from .report import Report, report
+from ._implicit_array import as_dense, ImplicitArray, without_views
+from ._model import matching_paths, path_name, quantize
+from ._report import Report, report
 
 
 Tree = TypeVar("Tree")
@@ -82,8 +83,9 @@ class AdaptedArray(QuantizedArray):
             weight = weight.astype(dtype)
         return weight
 
-    def settle(self) -> "AdaptedArray":
-        return self if settle(self.base) is self.base else self.replace(base=settle(self.base))
+    def without_views(self) -> "AdaptedArray":
+        base = without_views(self.base)
+        return self if base is self.base else self.replace(base=base)
 
     def sliceable(self, axes: Sequence[int] = (0,)) -> "AdaptedArray | None":
         base = self.base.sliceable(axes) if isinstance(self.base, ImplicitArray) else self.base

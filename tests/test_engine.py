@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plum
 import pytest
 from jax import Array, lax
 
@@ -55,6 +56,71 @@ def test_a_rule_may_decline(q, table):
 
     with pytest.warns(eqq.MaterializeWarning, match="sort"):
         np.testing.assert_array_equal(eqq.implicit(lax.sort)(q), lax.sort(q.materialize()))
+
+
+def test_a_rule_that_declines_hands_over_to_the_next_less_specific(q, table):
+    @eqq.register(lax.sort_p)
+    def sort_of_the_family(primitive, x: eqq.AbstractScaledArray, **params):
+        return [jnp.ones(x.shape)]
+
+    @eqq.register(lax.sort_p)
+    def sort_of_any(primitive, *xs: eqq.QuantizedArray | Array, **params):
+        raise AssertionError("the rule of the family comes first")
+
+    @eqq.register(lax.sort_p)
+    def sort_array8b(primitive, x: eqq.Array8B, **params):
+        return NotImplemented
+
+    chain = _dispatch.resolve(lax.sort_p, eqq.Array8B)
+    assert chain == (sort_array8b, sort_of_the_family, sort_of_any)
+    with eqq.strict():
+        np.testing.assert_array_equal(eqq.implicit(lax.sort)(q), np.ones((4, 6)))
+    (row,) = eqq.audit(lax.sort, q).rows
+    assert row.rule.startswith("sort_of_the_family (test_engine.py:") and not row.densified
+
+
+def test_where_every_rule_declines_the_operand_becomes_dense_in_daylight(q, table):
+    asked = []
+
+    @eqq.register(lax.sort_p)
+    def sort_of_the_family(primitive, x: eqq.AbstractScaledArray, **params):
+        asked.append("family")
+        return NotImplemented
+
+    @eqq.register(lax.sort_p)
+    def sort_array8b(primitive, x: eqq.Array8B, **params):
+        asked.append("format")
+        return NotImplemented
+
+    with pytest.warns(eqq.MaterializeWarning, match="`sort` has no packed form"):
+        np.testing.assert_array_equal(eqq.implicit(lax.sort)(q), lax.sort(q.materialize()))
+    assert asked == ["format", "family"]
+    (row,) = eqq.audit(lax.sort, q).rows
+    assert row.rule == "densified" and row.dense_bytes == 4 * 24
+
+
+def test_two_rules_that_fit_equally_well_are_an_error_when_their_turn_comes(q, table):
+    @eqq.register("nextafter")
+    def of_a_scaled_one(primitive, x: eqq.AbstractScaledArray, y: eqq.QuantizedArray, **params):
+        return NotImplemented
+
+    @eqq.register("nextafter")
+    def of_another(primitive, x: eqq.QuantizedArray, y: eqq.AbstractScaledArray, **params):
+        return NotImplemented
+
+    with pytest.raises(plum.AmbiguousLookupError):
+        _dispatch.resolve(lax.nextafter_p, eqq.Array8B, eqq.Array8B)
+
+    declines = False
+
+    @eqq.register("nextafter")
+    def of_one_format(primitive, x: eqq.Array8B, y: eqq.Array8B, **params):
+        return NotImplemented if declines else x.materialize()
+
+    np.testing.assert_array_equal(eqq.implicit(lax.nextafter)(q, q), q.materialize())
+    declines = True
+    with pytest.raises(plum.AmbiguousLookupError):
+        eqq.implicit(lax.nextafter)(q, q)
 
 
 def test_a_format_of_the_users_is_not_hijacked(q, table):

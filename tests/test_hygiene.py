@@ -1,6 +1,7 @@
 """What the source must not do: import upwards, reach into private modules, wake a device."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -24,22 +25,34 @@ MAY_IMPORT = {
     "tiles": "",
     "_table": "",
     "_sharding": "tiles",
-    "_dispatch": "_compat _table",
-    "_implicit": "_compat _dispatch",
-    "_array": "_dispatch _implicit _sharding tiles",
+    "_implicit_array": "",
+    "_daylight": "_compat _implicit_array _table",
+    "_dispatch": "_compat _daylight _implicit_array",
+    "_implicit": "_compat _dispatch _implicit_array",
+    "_array": "_daylight _implicit _implicit_array _sharding tiles",
     "_quantize": "_array _sharding",
-    "column_major": "_array _dispatch _sharding tiles",
+    "_transposed": "_array _implicit_array _sharding tiles",
     "formats": "_array _implicit _quantize _sharding tiles formats",
-    "kernels": "_array _compat _dispatch tiles kernels",
-    "rules": "_array _compat _dispatch _implicit _sharding column_major tiles kernels rules",
-    "matmul": "formats kernels",
-    "training": "_array column_major _dispatch _implicit _quantize formats tiles",
-    "lora": "_array _dispatch _implicit model report",
-    "model": "_array _dispatch _implicit",
-    "report": "_array _implicit _table model",
-    "audit": "_dispatch _implicit _table",
-    "testing": "_array _dispatch _implicit formats model testing tiles",
-    "__init__": "_array _dispatch _implicit audit column_major formats lora matmul model report rules training",
+    "kernels": "_array _compat _daylight _dispatch tiles kernels",
+    "rules": "_array _compat _daylight _dispatch _implicit _implicit_array _sharding _transposed tiles kernels rules",
+    "_matmul": "formats kernels",
+    "_training": "_array _implicit _implicit_array _quantize _transposed formats tiles",
+    "_model": "_array _implicit _implicit_array",
+    "_report": "_array _implicit _model _table",
+    "_audit": "_daylight _implicit _table",
+    "lora": "_array _dispatch _implicit _implicit_array _model _report",
+    "testing": "_array _daylight _implicit _model formats testing tiles",
+    "__init__": "_array _audit _daylight _dispatch _implicit _implicit_array _matmul _model _report _training "
+    "_transposed formats lora rules",
+}
+# Imports that close a circle between files, as (importer, imported). To be empty: remove what is mended.
+KNOWN_CIRCLES = {("kernels.matmul.tpu.kernel", "kernels.matmul.tpu.product")}  # it takes MAX_ROWS
+# Functions that a package exports under the name of a module. To be empty, too: the implementations are
+# called as the files that hold them.
+KNOWN_NAMESAKES = {
+    "eqquant.kernels.matmul": {"fused", "gpu", "integer", "reference", "tables", "tiled", "tpu"},
+    "eqquant.kernels.matmul.gpu": {"gpu"},
+    "eqquant.kernels.matmul.tpu": {"tpu"},
 }
 PRIVATE = re.compile(r"^(jax\._src|equinox\._|plum\._)")
 FORBIDDEN_TEXT = {
@@ -79,6 +92,79 @@ def test_imports_point_one_way(module: str) -> None:
             if layer(target) not in allowed:
                 upward.append(f"{MODULES[module].relative_to(ROOT)}:{line} imports {target}")
     assert not upward, f"eqquant.{module} may import {allowed or 'nothing'} of eqquant: {upward}"
+
+
+def file_of(name: str) -> str:
+    """The module that defines an absolute name; where a package passes the name on, the module that it has
+    it from."""
+    parts = name.removeprefix("eqquant").strip(".").split(".")
+    module = next(
+        (m for n in range(len(parts), 0, -1) if (m := ".".join(parts[:n])) in MODULES), "__init__"
+    )
+    rest = parts if module == "__init__" else parts[module.count(".") + 1 :]
+    if MODULES[module].name == "__init__.py" and rest:
+        for passed_on, _ in imports(MODULES[module]):
+            if passed_on.split(".")[-1] == rest[0] and passed_on != name:
+                return file_of(passed_on)
+    return module
+
+
+def imported_files(module: str) -> set[str]:
+    """The modules that a module imports from, anywhere in it."""
+    names = [name for name, _ in imports(MODULES[module]) if name.split(".")[0] == "eqquant"]
+    return {file_of(name) for name in names} - {module}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str] | None:
+    """Some path in a graph that ends where it begins; None if there is none."""
+    done: set[str] = set()
+
+    def walk(path: list[str]) -> list[str] | None:
+        if path[-1] in path[:-1]:
+            return path[path.index(path[-1]) :]
+        if path[-1] in done:
+            return None
+        found = next(filter(None, (walk([*path, n]) for n in sorted(graph[path[-1]]))), None)
+        done.add(path[-1])
+        return found
+
+    return next(filter(None, (walk([node]) for node in sorted(graph))), None)
+
+
+def test_no_files_import_each_other() -> None:
+    graph = {module: imported_files(module) for module in MODULES}
+    gone = {(a, b) for a, b in KNOWN_CIRCLES if b not in graph.get(a, ())}
+    assert not gone, f"KNOWN_CIRCLES names imports that do not exist: {gone}"
+    for importer, imported in KNOWN_CIRCLES:
+        graph[importer].remove(imported)
+    found = circle(graph)
+    assert found is None, f"these import each other: {' -> '.join(found or ())}"
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b", "c"}, "b": set(), "c": {"d"}, "d": {"c"}}) == ["c", "d", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+    assert file_of("eqquant.kernels.convolve") == "kernels.convolution"
+    assert file_of("eqquant.audit") == "_audit"
+
+
+PACKAGES = [
+    ".".join(["eqquant", *file.parent.relative_to(PACKAGE).parts])
+    for file in MODULES.values()
+    if file.name == "__init__.py"
+]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_public_module_has_the_name_of_a_function(package: str) -> None:
+    exported = {
+        name
+        for name, value in vars(importlib.import_module(package)).items()
+        if not name.startswith("_") and callable(value)
+    }
+    modules = {part for module in MODULES for part in module.split(".") if part[0] != "_"}
+    known = KNOWN_NAMESAKES.get(package, set())
+    assert exported & modules == known, f"{package} exports functions with the names of modules"
 
 
 def test_every_line_of_the_table_is_a_module() -> None:

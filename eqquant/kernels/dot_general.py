@@ -14,7 +14,8 @@ from jax import Array, lax
 
 from .. import _compat
 from .._compat import ad, batching, mlir
-from .._dispatch import note_kernel, preferred_implementation
+from .._daylight import note_kernel
+from .._dispatch import preferred_implementation
 from .._scaled import AbstractScaledArray
 from ..tiles import spread
 from .matmul.choice import check, check_lowering, check_name, choose, computes, IMPLEMENTATIONS

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._array import QuantizedArray
-from .._dispatch import apply, dense_nbytes, densify, register, report_materialized, transparent
+from .._daylight import dense_nbytes, report_materialized
+from .._dispatch import apply, densify, register, transparent
 from .._scaled import AbstractScaledArray
-from ..column_major import ColumnMajor, TransposedView
+from .._transposed import ColumnMajor, TransposedView
 from ..kernels import convolve, quantized_dot_general
 from ..tiles import dynamic_slice, remove_axis
 

@@ -24,16 +24,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat, _sharding
 from .._array import QuantizedArray
-from .._dispatch import (
-    as_dense,
-    lay_out,
-    recording,
-    register,
-    report_materialized,
-    tracing_state,
-    transparent,
-)
+from .._daylight import recording, report_materialized
+from .._dispatch import register, tracing_state, transparent
 from .._implicit import evaluate, implicit, is_implicit
+from .._implicit_array import as_dense, in_row_major
 from .._scaled import AbstractScaledArray
 
 
@@ -414,7 +408,7 @@ def custom_vmap_call_any(primitive: Any, *operands: QuantizedArray | Array, **pa
 @transparent
 def shard_map_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -> Any:
     mesh = params["mesh"]
-    operands = tuple(map(lay_out, operands))
+    operands = tuple(map(in_row_major, operands))
     flat = [x.expanded() if isinstance(x, AbstractScaledArray) else x for x in operands]
 
     def specs(x: Any, spec: PartitionSpec) -> Any:

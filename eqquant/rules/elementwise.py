@@ -19,15 +19,17 @@ from jax.sharding import NamedSharding
 
 from .. import _compat
 from .._array import QuantizedArray
-from .._dispatch import as_dense, register, report_materialized, transparent
+from .._daylight import report_materialized
+from .._dispatch import register, transparent
+from .._implicit_array import as_dense
 from .._scaled import AbstractScaledArray, cast
-from ..column_major import ColumnMajor
+from .._transposed import ColumnMajor
 
 
 _ON_EACH_LEAF = ("copy", "copy_p", "stop_gradient", "name", "pvary", "pcast")
 _ARITHMETIC = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp "
-    "clz complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt "
+    "clz complex conj convert_element_type cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt "
     "igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p log2 logistic "
     "lt lt_to max min mul mulhi ne neg nextafter not one_minus_square or polygamma polynomial "
     "population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt "
@@ -59,31 +61,28 @@ def neg_scaled(primitive: Any, x: AbstractScaledArray, **params: Any) -> Any:
 @register(lax.mul_p)
 def mul_scaled_scalar(primitive: Any, x: AbstractScaledArray, y: Array, **params: Any) -> Any:
     # (s q) c = (s c) q: a scalar goes to the scale.
-    return _by_scalar(primitive, x, y, (x, y), params)
+    return _by_scalar(primitive, x, y, params)
 
 
 @register(lax.mul_p)
 def mul_scalar_scaled(primitive: Any, x: Array, y: AbstractScaledArray, **params: Any) -> Any:
-    return _by_scalar(primitive, y, x, (x, y), params)
+    return _by_scalar(primitive, y, x, params)
 
 
 @register(lax.div_p)
 def div_scaled_scalar(primitive: Any, x: AbstractScaledArray, y: Array, **params: Any) -> Any:
-    return _by_scalar(primitive, x, y, (x, y), params)
+    return _by_scalar(primitive, x, y, params)
 
 
-def _by_scalar(
-    primitive: Any, x: AbstractScaledArray, scalar: Array, operands: Any, params: Any
-) -> Any:
+def _by_scalar(primitive: Any, x: AbstractScaledArray, scalar: Array, params: Any) -> Any:
     result_dtype = params.get("out_dtype") or params.get("preferred_element_type")
     plain = scalar.dtype == x.dtype and jnp.issubdtype(x.dtype, jnp.floating)
     if scalar.ndim or not plain or result_dtype not in (None, x.dtype):
-        return elementwise_dense(primitive, *operands, **params)
+        return NotImplemented
 
     def change(scale: Array) -> Array:
-        scale = scale.astype(
-            jnp.promote_types(scale.dtype, jnp.float32)
-        )  # float16 would lose digits
+        # In float16 it would lose digits.
+        scale = scale.astype(jnp.promote_types(scale.dtype, jnp.float32))
         return primitive.bind(scale, scalar.astype(scale.dtype), **params)
 
     return _rescaled(x, change)
@@ -99,7 +98,7 @@ def convert_element_type_scaled(
     primitive: Any, x: AbstractScaledArray, *, new_dtype: Any, **params: Any
 ) -> Any:
     if not jnp.issubdtype(new_dtype, jnp.floating) or jnp.dtype(new_dtype).itemsize < 2:
-        return elementwise_dense(primitive, x, new_dtype=new_dtype, **params)
+        return NotImplemented
     dtype, via = cast(x, new_dtype)
     return x.with_dtype(dtype, via)
 
@@ -110,10 +109,8 @@ def reduce_precision_scaled(
 ) -> Any:
     """To the precision that `x` has: how `jax.checkpoint` marks what its policy saves."""
     dtype = jnp.finfo(x.dtype)
-    if exponent_bits >= dtype.nexp and mantissa_bits >= dtype.nmant:
-        return x
-    bits = dict(exponent_bits=exponent_bits, mantissa_bits=mantissa_bits)
-    return elementwise_dense(primitive, x, **bits, **params)
+    keeps_all = exponent_bits >= dtype.nexp and mantissa_bits >= dtype.nmant
+    return x if keeps_all else NotImplemented
 
 
 @register(*_ON_EACH_LEAF)

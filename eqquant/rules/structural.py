@@ -24,7 +24,7 @@ from .. import tiles
 from .._array import QuantizedArray
 from .._dispatch import apply, register, transparent
 from .._scaled import AbstractScaledArray
-from ..column_major import ColumnMajor, TransposedView
+from .._transposed import ColumnMajor, TransposedView
 from ..tiles import Leaf, Unaligned
 
 

@@ -13,9 +13,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array, lax
 
-from .. import _dispatch
+from .._daylight import recording
 from .._implicit import implicit
-from ..model import materialize
+from .._model import materialize
 from .dense_answers import DENSE_PROGRAMS
 from .laws import Law, LAWS
 from .strategies import DTYPES, SHAPES
@@ -57,7 +57,7 @@ def check_law(
         program = Program.drawn(
             data.draw, law, strategy, [jnp.float32] if mode == "grad" else DTYPES
         )
-        with _dispatch.recording() as records:
+        with recording() as records:
             check(program)
         kept_packed += not any(record.densified for record in records)
 
@@ -80,7 +80,7 @@ def check_dense_answer(
     def holds(data: st.DataObject) -> None:
         x = data.draw(strategy((4, 6), jnp.float32))
         run = DENSE_PROGRAMS[primitive]
-        with _dispatch.recording() as records:
+        with recording() as records:
             got = materialize(implicit(run)(x))
         want = run(x.materialize())
         for g, w in zip(*map(jtu.tree_leaves, (got, want)), strict=True):

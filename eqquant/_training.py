@@ -12,10 +12,10 @@ from jax import Array
 from jaxtyping import Float
 
 from ._checks import as_float_array, check_choice, normalize_axes
-from ._dispatch import as_dense, lay_out
 from ._implicit import is_implicit
+from ._implicit_array import as_dense, in_row_major
 from ._scaled import AbstractScaledArray
-from .column_major import ColumnMajor
+from ._transposed import ColumnMajor
 from .formats import Array8B
 from .tiles import spread
 
@@ -173,7 +173,7 @@ def fake_quantize(
 
 def _largest(q: Any) -> Array:
     """The largest magnitude that the place of each element can hold, to rounding."""
-    q = lay_out(q)
+    q = in_row_major(q)
     if not isinstance(q, AbstractScaledArray):
         raise TypeError(
             f'gradient="clipped" needs a format with scales, such as Array1B.quantize; how gave {q!r}.'

@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from ._dispatch import AuditRow, recording
+from ._daylight import AuditRow, recording
 from ._implicit import Implicit, implicit
 from ._table import format_bytes, format_table
 

@@ -11,16 +11,16 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._array import QuantizedArray
-from ._dispatch import as_dense
 from ._implicit import is_implicit
+from ._implicit_array import as_dense
 
 
 Tree = TypeVar("Tree")
-Format = Callable[[Any], QuantizedArray | jax.Array]
-"""A format is a function from an array to a quantized array, such as `Array8B.quantize`; or, in training,
-to the dense array of its values, such as `fake_quantize(Array8B.quantize)`."""
-How = Format | Mapping[str, Format | None]
-"""One format for all matrices; or formats by pattern of path, None to leave dense."""
+Quantizer = Callable[[Any], QuantizedArray | jax.Array]
+"""A function from an array to a quantized array, such as `Array8B.quantize`; or, in training, to the dense
+array of its values, such as `fake_quantize(Array8B.quantize)`."""
+How = Quantizer | Mapping[str, Quantizer | None]
+"""One quantizer for all matrices; or quantizers by pattern of path, None to leave dense."""
 
 
 def quantize(tree: Tree, how: How) -> Tree:
@@ -56,16 +56,16 @@ def quantize(tree: Tree, how: How) -> Tree:
         })
         ```
     """
-    formats = _formats_by_path(tree, how)
+    quantizers = _formats_by_path(tree, how)
     done: dict[tuple[int, int], QuantizedArray | jax.Array] = {}
 
     def convert(path: Any, leaf: Any) -> Any:
-        format = formats.get(path_name(path))
-        if format is None:
+        quantizer = quantizers.get(path_name(path))
+        if quantizer is None:
             return leaf
-        key = (id(leaf), id(format))
+        key = (id(leaf), id(quantizer))
         if key not in done:
-            done[key] = _apply_format(format, leaf, path_name(path))
+            done[key] = _apply_format(quantizer, leaf, path_name(path))
         return done[key]
 
     return jtu.tree_map_with_path(convert, tree, is_leaf=is_implicit)
@@ -93,9 +93,9 @@ def path_name(path: Any) -> str:
     return jtu.keystr(path, simple=True, separator=".")
 
 
-def _apply_format(format: Format, leaf: Any, path: str) -> QuantizedArray | jax.Array:
+def _apply_format(quantizer: Quantizer, leaf: Any, path: str) -> QuantizedArray | jax.Array:
     try:
-        return format(leaf)
+        return quantizer(leaf)
     except (TypeError, ValueError) as error:
         if path:
             error.add_note(f"while quantizing {path!r}")
@@ -116,8 +116,8 @@ def _is_float_array(x: Any) -> bool:
     return _is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _formats_by_path(tree: Any, how: How) -> dict[str, Format]:
-    """Which format each matrix gets, by path; those that stay dense are left out."""
+def _formats_by_path(tree: Any, how: How) -> dict[str, Quantizer]:
+    """The quantizer of each matrix, by path; those that stay dense are left out."""
     if not isinstance(how, Mapping):
         if not callable(how):
             raise TypeError(
@@ -135,21 +135,21 @@ def _formats_by_path(tree: Any, how: How) -> dict[str, Format]:
         for path, leaf in jtu.tree_leaves_with_path(tree, is_leaf=is_implicit)
     ]
     matrices = [name for name, leaf in leaves if _is_matrix(leaf)]
-    chosen: dict[str, Format | None] = {}
-    patterns: Mapping[str, Format | None] = how
-    for pattern, format in patterns.items():
-        if format is not None and not callable(format):
+    chosen: dict[str, Quantizer | None] = {}
+    patterns: Mapping[str, Quantizer | None] = how
+    for pattern, quantizer in patterns.items():
+        if quantizer is not None and not callable(quantizer):
             raise TypeError(
                 f"The format for {pattern!r} must be a function such as eqquant.Array8B.quantize, "
-                f"or None; it is {format!r}."
+                f"or None; it is {quantizer!r}."
             )
         matches = [name for name, leaf in leaves if name == pattern and _is_float_array(leaf)]
         matches = matches or [name for name in matrices if _matches(pattern, name)]
         if not matches and every_pattern_must_match:
             raise ValueError(_no_match(pattern, matrices, leaves))
         for name in matches:
-            chosen.setdefault(name, format)
-    return {name: format for name, format in chosen.items() if format is not None}
+            chosen.setdefault(name, quantizer)
+    return {name: quantizer for name, quantizer in chosen.items() if quantizer is not None}
 
 
 def matching_paths(tree: Any, pattern: str) -> list[str]:

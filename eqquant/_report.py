@@ -11,8 +11,8 @@ import jax.tree_util as jtu
 
 from ._array import leaf_nbytes, QuantizedArray
 from ._implicit import is_implicit
+from ._model import _apply_format, _formats_by_path, _is_array, How, path_name
 from ._table import format_bytes, format_table
-from .model import _apply_format, _formats_by_path, _is_array, How, path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,17 +146,17 @@ def plan(tree: Any, how: How) -> Report:
         print(eqq.plan(shapes, eqq.Array8B.quantize))
         ```
     """
-    formats = _formats_by_path(tree, how)
+    quantizers = _formats_by_path(tree, how)
     rows, seen = [], set()
     for name, x in _arrays(tree):
         if id(x) in seen:
             continue
         seen.add(id(x))
         q = x
-        if name in formats:
+        if name in quantizers:
             struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
             q = eqx.filter_eval_shape(
-                lambda a, f=formats[name], n=name: _apply_format(f, a, n), struct
+                lambda a, f=quantizers[name], n=name: _apply_format(f, a, n), struct
             )
         rows.append(_row(name, x, q, None))
     return Report(tuple(rows))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import _sharding, tiles
 from ._array import QuantizedArray
-from ._dispatch import ImplicitArray
+from ._implicit_array import ImplicitArray
 from ._scaled import AbstractScaledArray
 
 
@@ -33,7 +33,7 @@ class TransposedView(ImplicitArray):
     def dtype(self) -> np.dtype:
         return self.array.dtype
 
-    def settle(self) -> AbstractScaledArray:
+    def without_views(self) -> AbstractScaledArray:
         return self.array.moved(lambda leaf: tiles.transpose(leaf, self.permutation))
 
     def materialize(self) -> Array:
@@ -70,12 +70,12 @@ class ColumnMajor(QuantizedArray):
         """The dense array of `shape` and `dtype`."""
         return self.view.materialize()
 
-    def lay_out(self) -> AbstractScaledArray:
-        return self.view.settle()
+    def in_row_major(self) -> AbstractScaledArray:
+        return self.view.without_views()
 
     def sliceable(self, axes: Sequence[int] = (0,)) -> "QuantizedArray | None":
         if any(axis >= self.ndim - 2 for axis in axes):
-            return self.lay_out().sliceable(axes)
+            return self.in_row_major().sliceable(axes)
         stored = self.stored.sliceable(axes)
         return None if stored is None else ColumnMajor(stored)  # pyright: ignore[reportCallIssue]
 
@@ -153,4 +153,4 @@ def column_major(array: AbstractScaledArray) -> ColumnMajor:
             "column_major(array) needs a quantized array of two or more axes that is packed along its last "
             f"one, such as Array1B.quantize(w) or ArrayNF4.quantize(w); it was given {array!r}."
         )
-    return ColumnMajor(TransposedView(array, _exchanged(array.ndim)).settle())  # pyright: ignore[reportCallIssue]
+    return ColumnMajor(TransposedView(array, _exchanged(array.ndim)).without_views())  # pyright: ignore[reportCallIssue]
