@@ -1,4 +1,4 @@
-"""Turns the files in `results/` into the tables of docs/pages/speed.md, and `matmul.json` into the plot beside it.
+"""Turns the files in `results/` into the tables of docs/pages/speed.md and results.md, and `matmul.json` into their plot.
 
 python benchmarks/show.py
 """
@@ -12,10 +12,20 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "pages" / "speed.md"
-IMAGE = PAGE.parent / "images" / "matmul.png"
+PAGES = [HERE.parent / "docs" / "pages" / name for name in ("speed.md", "results.md")]
+IMAGE = PAGES[0].parent / "images" / "matmul.png"
 BASELINE = "dense float32"
 SHAPE = "4096 square"
+# What the first table of speed.md shows: formats, and shapes with numbers of rows.
+SUMMARY = (
+    "Array8B",
+    "Array8B, int8 activations",
+    "ArrayNF4",
+    "ArrayNF4, column-major",
+    "Array1B, ternary, column-major",
+    "Array1B, binary, column-major",
+)
+CASES = (("4096 square", 1), ("4096 square", 16), ("4096 square", 512), ("MiniLM up", 1))
 # The format of eqquant, and what is next to it in eformer and qwix.
 SAME = {
     "Array8B": ("eformer Array8B", "qwix int8"),
@@ -43,12 +53,49 @@ def rows_of(stored: Any, shape: str, orientation: str, dtype: str = "float32") -
     ]
 
 
+def size_of(row: Any) -> str:
+    return f"{row['outputs']} \u00d7 {row['inputs']}"
+
+
+def rows_as_text(count: int) -> str:
+    return f"{count} row" + "s" * (count != 1)
+
+
+def summary_table() -> str:
+    """A Markdown table: a few formats in a few cases, dense time over time."""
+    stored = stored_as("matmul")
+    cases = [
+        next(row for row in rows_of(stored, shape, "w @ x") if row["rows"] == count)
+        for shape, count in CASES
+    ]
+    heads = [f"{size_of(row)}, {row['rows']} vector" + "s" * (row["rows"] != 1) for row in cases]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(cases)]
+    for name in SUMMARY:
+        cells = [f"{1 / row['times'][name]['ratio']:.2f}" for row in cases]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def model_table() -> str:
+    """A Markdown table: a transformer with each format, dense time over time, and the bytes of its weights."""
+    found = stored_as("model")["results"]
+    step, prompt = found["decoding step"], found["prompt"]
+    lines = [
+        f"| | one decoding step | a prompt of {found['tokens']} tokens | MB of weights |",
+        "|---|---|---|---|",
+    ]
+    for name, size in found["bytes"].items():
+        cells = [f"{1 / times[name]['ratio']:.2f}" for times in (step, prompt)]
+        lines.append(f"| {name} | " + " | ".join([*cells, f"{size / 1e6:.0f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def table(stored: Any, shape: str, orientation: str, dtype: str = "float32") -> str:
     """A Markdown table: for each format and number of rows, dense time over time."""
     rows = rows_of(stored, shape, orientation, dtype)
-    title = f"{shape}, `{orientation}`" + f", {dtype}" * (dtype != "float32")
+    title = f"{size_of(rows[0])}, `{orientation}`" + f", {dtype}" * (dtype != "float32")
     lines = [
-        f"| {title} | " + " | ".join(f"{row['rows']} rows" for row in rows) + " |",
+        f"| {title} | " + " | ".join(rows_as_text(row["rows"]) for row in rows) + " |",
         "|---|" + "---|" * len(rows),
         "| dense float32, ms | "
         + " | ".join(f"{row['times'][BASELINE]['median'] * 1e3:.2f}" for row in rows)
@@ -78,7 +125,7 @@ def peers_table(files: list[str], dtype: str) -> str:
     heads, columns = [], []
     for file in files:
         for row in stored_as(file)["results"]["rows"]:
-            heads.append(", ".join([f"{row['rows']} rows", *file.split("_")[1:]]))
+            heads.append(", ".join([rows_as_text(row["rows"]), *file.split("_")[1:]]))
             columns.append(fastest(row["candidates"], dtype))
     times = [f"{column[BASELINE]['median'] * 1e3:.2f}" for column in columns]
     lines = [
@@ -116,10 +163,13 @@ def against_table(files: list[str], dtype: str) -> str:
 
 def with_tables(page: str) -> str:
     """The page with every table after its comment: `<!-- table: shape, orientation[, dtype] -->`,
-    `<!-- table: peers of files, dtype -->`, or `<!-- table: against peers of files, dtype -->`."""
+    `<!-- table: peers of files, dtype -->`, `<!-- table: against peers of files, dtype -->`,
+    `<!-- table: summary -->` or `<!-- table: model -->`."""
 
     def replaced(match: re.Match[str]) -> str:
         what, *how = match[2].split(", ")
+        if what in ("summary", "model"):
+            return match[1] + {"summary": summary_table, "model": model_table}[what]()
         for kind, of in {"peers of ": peers_table, "against peers of ": against_table}.items():
             if what.startswith(kind):
                 return match[1] + of(what.removeprefix(kind).split(), *how)
@@ -163,11 +213,12 @@ def plot(stored: Any, file: pathlib.Path) -> None:
 
 
 def main() -> None:
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     plot(stored_as("matmul"), RESULTS / "matmul.png")
     IMAGE.parent.mkdir(exist_ok=True)
     IMAGE.write_bytes((RESULTS / "matmul.png").read_bytes())
-    print("wrote results/matmul.png and the tables of docs/pages/speed.md")
+    print("wrote results/matmul.png and the tables of docs/pages")
 
 
 if __name__ == "__main__":

@@ -162,11 +162,17 @@ def test_every_rule_that_keeps_packed_has_a_program_in_the_table() -> None:
     assert not missing, f"no program in docs/programs.py for: {', '.join(sorted(missing))}"
 
 
-def test_the_tables_of_speed_are_those_of_the_results() -> None:
+def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
     show = runpy.run_path(str(ROOT / "benchmarks" / "show.py"))
-    page = (ROOT / "docs" / "pages" / "speed.md").read_text(encoding="utf-8")
-    assert "| Array8B |" in page and "| eformer Array8B |" in page
-    assert show["with_tables"](page) == page, "run benchmarks/show.py"
+    pages = [page.read_text(encoding="utf-8") for page in show["PAGES"]]
+    assert all("| Array8B |" in page for page in pages) and "| eformer Array8B |" in pages[1]
+    for page in pages:
+        assert show["with_tables"](page) == page, "run benchmarks/show.py"
+
+
+def test_the_drawing_of_tiles_is_current() -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "draw_tiles.py"))
+    assert draw["drawing"]() == draw["IMAGE"].read_text(encoding="utf-8"), "run docs/draw_tiles.py"
 
 
 def test_the_table_of_covered_primitives_is_current() -> None:
