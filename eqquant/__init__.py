@@ -31,7 +31,10 @@ from ._transposed import column_major as column_major, ColumnMajor as ColumnMajo
 from .formats import (
     Array1B as Array1B,
     Array8B as Array8B,
+    ArrayFP8 as ArrayFP8,
+    ArrayInt4 as ArrayInt4,
     ArrayNF4 as ArrayNF4,
+    ArrayNVFP4 as ArrayNVFP4,
     RSROperatorBinary as RSROperatorBinary,
     RSROperatorTernary as RSROperatorTernary,
 )

@@ -347,10 +347,8 @@ class AbstractScaledArray(QuantizedArray):
         facts: dict[str, Any] = {name: common_block_size(group) for name, group in blocks.items()}
         facts["packing"] = packing
         names = {field.name for field in dataclasses.fields(self)}
-        if any(
-            value is not None and getattr(type(self), name, "") is None
-            for name, value in facts.items()
-        ):
+        fixed = {name for name in facts if getattr(type(self), name, "") is None} - names
+        if any(facts[name] is not None for name in fixed):
             raise Unaligned  # this format is never packed, or has no scales of blocks
         return self.replace(**changes, **{name: v for name, v in facts.items() if name in names})
 

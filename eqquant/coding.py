@@ -141,7 +141,7 @@ class Coding:
 
     # ------------------------------------------------------------------- what a stored number holds
 
-    def unpack(self, stored: Array, place: int, elements: int, high: bool = False) -> Array:
+    def unpack(self, stored: Array, place: int, elements: int, high: bool = False) -> Any:
         """The codes in this place of stored numbers that hold so many; of the second payload, their `high` bits."""
         if self.signed:
             return stored
@@ -149,7 +149,7 @@ class Coding:
         shift = bits * (place if self.first == "low" else elements - 1 - place)
         return (stored >> shift) & (2**bits - 1)
 
-    def pack(self, planes: Sequence[Array], high: bool = False) -> Array:
+    def pack(self, planes: Sequence[Any], high: bool = False) -> Any:
         """The inverse of `unpack`, of all places: of codes, those bits that this payload holds."""
         if self.signed:
             (plane,) = planes
@@ -185,12 +185,12 @@ class TernaryCoding(Coding):
     def range(self) -> tuple[float | int, float | int]:
         return -1, 1
 
-    def unpack(self, stored: Array, place: int, elements: int, high: bool = False) -> Array:
+    def unpack(self, stored: Array, place: int, elements: int, high: bool = False) -> Any:
         # Times 3^i, in arithmetic modulo 1, the fraction begins with digit i: times 3, its integer part is the digit.
         fraction = stored * jnp.uint8(3**place)
         return (fraction.astype(jnp.uint16) * 3) >> 8
 
-    def pack(self, planes: Sequence[Array], high: bool = False) -> Array:
+    def pack(self, planes: Sequence[Any], high: bool = False) -> Any:
         digits = (plane.astype(jnp.int32) * 3 ** (4 - i) for i, plane in enumerate(planes))
         number = functools.reduce(operator.add, digits)
         return ((number * 256 + 242) // 243).astype(jnp.uint8)

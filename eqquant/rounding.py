@@ -86,6 +86,14 @@ def packing_in_blocks(shape: Sequence[int], axis: int, block_size: int) -> Packi
     return Packing(axis - len(shape), length, Tile(size, size // 2))
 
 
+def without_codes(shape: Sequence[int], packing: Packing | None) -> Array:
+    """A payload of bytes for an array of this shape, to be encoded."""
+    stored = list(shape)
+    if packing is not None:
+        stored[packing.axis] = packing.stored
+    return jnp.zeros(stored, jnp.uint8)
+
+
 def check_even_blocks(where: str, block_size: int) -> None:
     """Raises `ValueError` unless the block size is positive and even."""
     if block_size < 2 or block_size % 2:

@@ -185,11 +185,11 @@ def scale_leaf(
         elif stored == length:
             tiles.append(EACH)
         else:
-            tiles.append(Tile(_along(block_size, axis - len(shape))))
+            tiles.append(Tile(block_size_along(block_size, axis - len(shape))))
     return Leaf(scale, tuple(shape), tuple(tiles), role)
 
 
-def _along(block_size: BlockSize, axis: int) -> int:
+def block_size_along(block_size: BlockSize, axis: int) -> int:
     """The block size along an axis that is counted from the end; 0 if it has none."""
     if isinstance(block_size, tuple):
         return block_size[axis] if -axis <= len(block_size) else 0
@@ -221,7 +221,7 @@ def check_scale(name: str, scale: Any, shape: Sequence[int], block_size: BlockSi
             f"shape {scale.shape}, the array {tuple(shape)}."
         )
     for axis, (stored, length) in enumerate(zip(scale.shape, shape, strict=True)):
-        size = _along(block_size, axis - len(shape))
+        size = block_size_along(block_size, axis - len(shape))
         blocks = -(-length // size) if size else 1
         if stored not in (1, length, blocks):
             raise ValueError(

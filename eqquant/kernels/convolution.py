@@ -129,7 +129,7 @@ def _whole(
 ) -> Array:
     compute = jnp.promote_types(jnp.promote_types(x.dtype, out_dtype), jnp.float32)
     out_axis, *others = dimension_numbers.rhs_spec
-    scale = None if w.scale is None else w.scale_leaf
+    scale = None if w.scale_leaf is None else w.scale_leaf
     values, factors = w.values(compute), None
     if w.offset_leaf is not None:
         values = w.values(compute) * (1 if scale is None else tiles.spread(scale).astype(compute))

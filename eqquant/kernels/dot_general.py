@@ -145,7 +145,7 @@ def _explicit(
 ) -> Array:
     w = jtu.tree_unflatten(treedef, leaves)
     accumulate = _accumulate_dtype(x, w, out_dtype)
-    scale = None if w.scale is None else spread(w.scale_leaf).astype(accumulate)
+    scale = None if w.scale_leaf is None else spread(w.scale_leaf).astype(accumulate)
     values = w.values(accumulate)
     return lax.dot_general(
         x.astype(accumulate),

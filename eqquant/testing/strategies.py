@@ -11,9 +11,20 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 
-from ..formats import Array1B, Array8B, ArrayNF4, RSROperatorBinary, RSROperatorTernary
+from .._scaled import CodedScale
+from ..formats import (
+    Array1B,
+    Array8B,
+    ArrayFP8,
+    ArrayInt4,
+    ArrayNF4,
+    ArrayNVFP4,
+    RSROperatorBinary,
+    RSROperatorTernary,
+)
 from ..formats.nested import GROUP, NestedScale
-from ..tiles import Packing, Tile
+from ..formats.nvfp4 import E4M3
+from ..tiles import block_size_along, BlockSize, Packing, Tile
 
 
 # Few shapes: each new one is a compilation. Lengths that blocks of 2 and 3 divide or do not.
@@ -49,12 +60,13 @@ def generator(draw: Any) -> np.random.Generator:
     return np.random.default_rng(draw(st.integers(0, 2**16)))
 
 
-def scales(draw: Any, shape: Sequence[int], block_size: int | None = 2) -> Any:
+def scales(draw: Any, shape: Sequence[int], block_size: BlockSize = 2) -> Any:
     """A scale for `shape`: along each axis one for all, one each, or one for each block."""
     rng = generator(draw)
-    stored = [
-        draw(st.sampled_from([1, n] + ([-(-n // block_size)] if block_size else []))) for n in shape
-    ]
+    stored = []
+    for axis, n in enumerate(shape, start=-len(shape)):
+        size = block_size_along(block_size, axis)
+        stored.append(draw(st.sampled_from([1, n] + ([-(-n // size)] if size else []))))
     sign = rng.choice([-1.0, 1.0], stored)
     return jnp.asarray(sign * np.exp(rng.uniform(-3, 3, stored)), jnp.float32)
 
@@ -130,3 +142,39 @@ def rsr_ternary(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 
     plus, minus = (draw(rsr_binary(shape, dtype, packing)) for _ in range(2))
     scale = scales(draw, shape, None) if draw(st.booleans()) else None
     return RSROperatorTernary(plus, minus, scale=scale)
+
+
+@strategy_for(ArrayInt4)
+def array_int4(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> ArrayInt4:
+    zero = draw(st.sampled_from(["symmetric", "affine"]))
+    packing = packings(draw, shape, 2, draw(st.sampled_from([1, 2])))
+    block_size = draw(st.sampled_from([None, 2, 3]))
+    scale_dtype = draw(st.sampled_from([jnp.float32, jnp.float16]))
+    scale = scales(draw, shape, block_size).astype(scale_dtype)
+    offset = None
+    if zero == "affine":
+        offset = scales(draw, shape, block_size).astype(scale_dtype)
+    codes = payloads(draw, shape, packing, jnp.uint8)
+    return ArrayInt4(codes, scale, offset, packing, block_size, zero, jnp.dtype(dtype))
+
+
+@strategy_for(ArrayFP8)
+def array_fp8(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> ArrayFP8:
+    kind = draw(st.sampled_from(["e4m3", "e5m2"]))
+    block_size = draw(st.sampled_from([None, 2, (2, 3)]))
+    numbers = jnp.asarray(generator(draw).normal(size=shape), jnp.float32)
+    bits = (
+        ArrayFP8(jnp.zeros(shape, jnp.uint8), jnp.ones([1] * len(shape)), kind=kind)
+        .encode(numbers)
+        .bits
+    )
+    return ArrayFP8(bits, scales(draw, shape, block_size), block_size, kind, jnp.dtype(dtype))
+
+
+@strategy_for(ArrayNVFP4)
+def array_nvfp4(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> ArrayNVFP4:
+    packing = packings(draw, shape, 2, draw(st.sampled_from([1, 2])))
+    codes = payloads(draw, shape, packing, jnp.uint8)
+    fine = scales(draw, shape, 2)
+    coded = CodedScale(E4M3.nearest(fine), E4M3)
+    return ArrayNVFP4(codes, coded, scales(draw, shape, 3), packing, 2, 3, jnp.dtype(dtype))

@@ -58,7 +58,7 @@ def fused(
     half = half and jnp.finfo(x.dtype).bits == 16 and accumulate == jnp.float32
     as_exact = x.dtype if half and w.dtype == x.dtype else accumulate
     exact = x.dtype if half and w.integers else as_exact
-    scale = None if w.scale is None else w.scale_leaf
+    scale = None if w.scale_leaf is None else w.scale_leaf
     free = axes.w_free(w.ndim)
     if scale is None or all(scale.is_constant_along(axis) for axis in axes.w_contract):
         # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.

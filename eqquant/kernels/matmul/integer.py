@@ -73,7 +73,7 @@ def integer(
     y = lax.index_in_dim(sums, digits - 1, w.ndim - 1, keepdims=False)
     for i in reversed(range(digits - 1)):
         y = lax.index_in_dim(sums, i, w.ndim - 1, keepdims=False) + y / BASE
-    if w.scale is not None:
+    if w.scale_leaf is not None:
         free = range(w.ndim - 1)
         y = y * spread(w.scale_leaf, free).astype(accumulate)
     return jnp.moveaxis(y * unit, -1, 0).reshape(*x.shape[1:], *w.shape[:-1])

@@ -77,7 +77,7 @@ def _values_of_bytes(w: AbstractScaledArray, dtype: Any) -> Array:
     assert w.packing is not None
     packing = Packing(-1, BYTES * w.packing.elements, Tile(w.packing.elements))
     leaves = {w.payload: payload_leaf(jnp.arange(BYTES, dtype=jnp.uint8), packing)}
-    if w.scale is not None:
+    if w.scale_leaf is not None:
         leaves["scale"] = scale_leaf(jnp.ones(1), (packing.length,))
     each = w.with_leaves(leaves)
     return jnp.stack([each.plane(i, dtype) for i in range(packing.elements)])
