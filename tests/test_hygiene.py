@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "model": "_array _dispatch _implicit",
     "report": "_array _implicit _table model",
     "audit": "_dispatch _implicit _table",
-    "testing": "_array _dispatch _implicit formats model testing tiles",
+    "_registry": "column_major formats",
+    "testing": "_array _dispatch _implicit _registry formats model testing tiles",
     "__init__": "_array _dispatch _implicit audit column_major formats lora matmul model report rules training",
 }
 PRIVATE = re.compile(r"^(jax\._src|equinox\._|plum\._)")
