@@ -28,7 +28,8 @@ class Quantizer:
     bits: float
     """At most so many for each weight of a 4096 x 4096 matrix, with all leaves; less than 0.01 too many."""
     sqnr_db: float | None = None
-    """Signal over noise of normal numbers, in decibels, where it has a closed form."""
+    """Signal over noise of 1024 x 4096 normal numbers, in decibels, to 0.03; None where nothing says what it
+    has to be."""
     packed: int = 1
     """How many elements lie in one stored number, along the last axis."""
     block_size: int | None = None

@@ -125,6 +125,14 @@ def test_importing_loads_no_pallas() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_registry_is_read_without_hypothesis_and_not_by_the_package() -> None:
+    done = python(
+        "import sys, eqquant; assert 'eqquant._registry' not in sys.modules\n"
+        "import eqquant._registry; assert 'hypothesis' not in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_initialises_no_backend() -> None:
     # With a platform that does not exist, whatever needs a backend fails.
     assert python("import jax; jax.devices()", JAX_PLATFORMS="no_such_platform").returncode != 0
