@@ -5,11 +5,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
+import hypothesis
 import jax
 import jax.numpy as jnp
 import pytest
 
 from eqquant import _compat, _dispatch, testing
+
+
+# The others take turns: each program takes its time to compile.
+STRATEGIES = {"Array8B": testing.FORMATS["Array8B"], "any format": testing.arrays}
+
+
+def examples(share: float) -> hypothesis.settings:
+    """So many of the examples of the profile."""
+    base = hypothesis.settings()
+    return hypothesis.settings(base, max_examples=max(4, int(base.max_examples * share)))
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:

@@ -10,17 +10,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from helpers import examples, STRATEGIES
 from jax import lax
 
 import eqquant as eqq
 from eqquant.kernels import convolution, convolve
-from eqquant.testing import arrays, DTYPES, FORMATS, generator, QUANTIZERS
+from eqquant.testing import DTYPES, generator, QUANTIZERS
 
 
 PLATFORMS = [("cpu",), ("cuda",), ("tpu",), ("cpu", "cuda", "tpu")]
 
-# The others take turns: each program takes its time to compile.
-STRATEGIES = {"Array8B": FORMATS["Array8B"], "any format": arrays}
 each_format = pytest.mark.parametrize("format", STRATEGIES)
 
 
@@ -28,11 +27,6 @@ each_format = pytest.mark.parametrize("format", STRATEGIES)
 def everything_is_large(monkeypatch):
     """Tiny kernels go the way of large ones: in pieces."""
     monkeypatch.setattr(convolution, "SMALL_BYTES", 0)
-
-
-def examples(share: float) -> hypothesis.settings:
-    base = hypothesis.settings()
-    return hypothesis.settings(base, max_examples=max(4, int(base.max_examples * share)))
 
 
 def with_scale(w: eqq.Array8B, scale: Any) -> eqq.Array8B:
