@@ -31,21 +31,17 @@ import numpy as np
 from _measure import interleaved, machine, save
 from shapes import LINEAR, Linear
 
-import eqquant as eqq
+from eqquant._registry import QUANTIZERS
 from eqquant.kernels.matmul import choose, fused, gpu
 from eqquant.kernels.matmul.gpu.blocks import Blocks, blocks_for, Case
 from eqquant.kernels.matmul.gpu.product import case_of
 from eqquant.kernels.matmul.reference import Axes
 
 
+NAMES = ("int8", "nf4", "nf4 double", "ternary", "binary", "rsr ternary")
 FORMATS: dict[str, Callable[[Any], Any]] = {
-    "Array8B": eqq.Array8B.quantize,
-    "Array8B, blocks of 128": partial(eqq.Array8B.quantize, block_size=128),
-    "ArrayNF4": eqq.ArrayNF4.quantize,
-    "ArrayNF4, double": partial(eqq.ArrayNF4.quantize, double=True),
-    "Array1B, ternary": eqq.Array1B.quantize,
-    "Array1B, binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "RSROperatorTernary": eqq.RSROperatorTernary.quantize,
+    **{QUANTIZERS[name].title: QUANTIZERS[name] for name in NAMES},
+    "Array8B, blocks of 128": partial(QUANTIZERS["int8"], block_size=128),
 }
 # Summed over the last axis of the weight, as `eqx.nn.Linear` does, or over its first.
 ORIENTATIONS = {"last": 1, "first": 0}

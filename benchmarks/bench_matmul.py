@@ -15,32 +15,24 @@ from _measure import interleaved, machine, save, timed, with_earlier
 from shapes import LINEAR, ROWS
 
 import eqquant as eqq
+from eqquant._registry import LAYOUTS
 
 
-def by_columns(
-    quantize: Callable[..., Any], axis: int, **options: Any
-) -> Callable[[Any], Any] | None:
-    return (lambda w: eqq.column_major(quantize(w, **options))) if axis == -1 else None
+COLUMN_MAJOR = ("nf4", "ternary", "binary")
 
 
-# By the axis that a product sums over; None where a format has no such form.
-FORMATS: dict[str, Callable[[int], Callable[[Any], Any] | None]] = {
-    "Array8B": lambda axis: partial(eqq.Array8B.quantize, axis=axis),
-    "Array8B, int8 activations": lambda axis: partial(
-        eqq.Array8B.quantize, axis=axis, activations="int8"
-    ),
-    "Array8B, blocks of 64": lambda axis: partial(eqq.Array8B.quantize, axis=axis, block_size=64),
-    "ArrayNF4": lambda axis: partial(eqq.ArrayNF4.quantize, axis=axis),
-    "ArrayNF4, column-major": lambda axis: by_columns(eqq.ArrayNF4.quantize, axis),
-    "Array1B, ternary": lambda axis: partial(eqq.Array1B.quantize, axis=axis),
-    "Array1B, ternary, column-major": lambda axis: by_columns(eqq.Array1B.quantize, axis),
-    "Array1B, binary": lambda axis: partial(eqq.Array1B.quantize, axis=axis, levels="binary"),
-    "Array1B, binary, column-major": lambda axis: by_columns(
-        eqq.Array1B.quantize, axis, levels="binary"
-    ),
-    "RSROperatorBinary": lambda axis: partial(eqq.RSROperatorBinary.quantize, axis=axis),
-    "RSROperatorTernary": lambda axis: partial(eqq.RSROperatorTernary.quantize, axis=axis),
-}
+def formats(axis: int) -> dict[str, Callable[[Any], Any]]:
+    """Every format, with scales along the axis that a product sums over."""
+    found: dict[str, Callable[[Any], Any]] = {}
+    for name, each in LAYOUTS.items():
+        found[each.title] = partial(each, axis=axis)
+        if name == "int8":
+            found[f"{each.title}, int8 activations"] = partial(each, axis=axis, activations="int8")
+        if name in COLUMN_MAJOR and axis == -1:
+            found[f"{each.title}, column-major"] = each.column_major
+    return found
+
+
 BASELINE = "dense float32"
 
 # As `jax.vmap(eqx.nn.Linear(...))` has it, weight (outputs, inputs); and as `x @ w` has it, weight (inputs,
@@ -76,8 +68,8 @@ def main() -> None:
             outputs_first = orientation == "w @ x"
             size = (shape.outputs, shape.inputs) if outputs_first else (shape.inputs, shape.outputs)
             dense = jax.random.normal(jax.random.key(0), size, jnp.float32)
-            formats = {name: of(-1 if outputs_first else 0) for name, of in FORMATS.items()}
-            weights = {name: how(dense) for name, how in formats.items() if how is not None}
+            axis = -1 if outputs_first else 0
+            weights = {name: how(dense) for name, how in formats(axis).items()}
             for dtype in args.dtypes:
                 for rows in args.rows:
                     x = jax.random.normal(jax.random.key(1), (rows, shape.inputs), jnp.float32)

@@ -10,26 +10,13 @@ from typing import Any
 import equinox as eqx
 import jax
 from _measure import interleaved, machine, save, seconds
+from bench_matmul import formats
 from models import decode_step, Transformer
 
 import eqquant as eqq
 
 
-FORMATS = {
-    "dense float32": None,
-    "Array8B": eqq.Array8B.quantize,
-    "Array8B, int8 activations": partial(eqq.Array8B.quantize, activations="int8"),
-    "ArrayNF4": eqq.ArrayNF4.quantize,
-    "ArrayNF4, column-major": lambda w: eqq.column_major(eqq.ArrayNF4.quantize(w)),
-    "Array1B, ternary": eqq.Array1B.quantize,
-    "Array1B, ternary, column-major": lambda w: eqq.column_major(eqq.Array1B.quantize(w)),
-    "Array1B, binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "Array1B, binary, column-major": lambda w: eqq.column_major(
-        eqq.Array1B.quantize(w, levels="binary")
-    ),
-    "RSROperatorBinary": eqq.RSROperatorBinary.quantize,
-    "RSROperatorTernary": eqq.RSROperatorTernary.quantize,
-}
+FORMATS = {"dense float32": None} | formats(-1)
 BASELINE = "dense float32"
 
 

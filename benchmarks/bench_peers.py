@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 from _measure import interleaved, machine, save, timed, with_earlier
-from bench_matmul import BASELINE, FORMATS, ORIENTATIONS
+from bench_matmul import BASELINE, formats, ORIENTATIONS
 from eformer.jaximus import implicit
 from show import fastest
 
@@ -64,12 +64,12 @@ def dense_ways() -> Iterator[Way]:
 
 
 def eqquant_ways() -> Iterator[Way]:
-    for name, of in FORMATS.items():
+    for name, of in formats(-1).items():
         if "blocks" in name:
             continue  # no peer has them
 
         def make(w: Any, dtype: Any, of: Any = of) -> Any:
-            return eqq.implicit(lambda w: w.astype(dtype))(of(-1)(w))
+            return eqq.implicit(lambda w: w.astype(dtype))(of(w))
 
         yield Way("eqquant", name, "w @ x", make, eqq.materialize, eqq.implicit(ROW_BY_ROW))
 

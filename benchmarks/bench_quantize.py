@@ -12,20 +12,10 @@ import jax
 import jax.numpy as jnp
 from _measure import interleaved, machine, save, seconds
 
-import eqquant as eqq
+from eqquant._registry import QUANTIZERS
 
 
-FORMATS = {
-    "Array8B": eqq.Array8B.quantize,
-    "ArrayNF4": eqq.ArrayNF4.quantize,
-    "ArrayNF4, double": partial(eqq.ArrayNF4.quantize, double=True),
-    "ArrayNF4, search": partial(eqq.ArrayNF4.quantize, scale="search"),
-    "Array1B, ternary": eqq.Array1B.quantize,
-    "Array1B, least squares": partial(eqq.Array1B.quantize, scale="least_squares"),
-    "Array1B, binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "RSROperatorBinary": eqq.RSROperatorBinary.quantize,
-    "RSROperatorTernary": eqq.RSROperatorTernary.quantize,
-}
+FORMATS = {each.title: each for each in QUANTIZERS.values()}
 BASELINE = "one pass"
 
 

@@ -17,12 +17,11 @@ from _measure import interleaved, machine, save, seconds
 from models import Block, checkpointed_stack
 
 import eqquant as eqq
+from eqquant._registry import QUANTIZERS
 
 
-BASES = {
-    "dense float32": None,
-    "ArrayNF4, double": partial(eqq.ArrayNF4.quantize, double=True),
-    "Array8B": eqq.Array8B.quantize,
+BASES = {"dense float32": None} | {
+    QUANTIZERS[name].title: QUANTIZERS[name] for name in ("nf4 double", "int8")
 }
 BASELINE = "dense float32"
 OPTIMIZER = optax.adam(1e-3)

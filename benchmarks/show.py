@@ -90,6 +90,12 @@ def model_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def formats_of(rows: list[Any]) -> list[str]:
+    """What was measured in all of these rows, next to the baseline."""
+    names = (name for name in rows[0]["times"] if all(name in row["times"] for row in rows))
+    return [name for name in names if name != BASELINE]
+
+
 def table(stored: Any, shape: str, orientation: str, dtype: str = "float32") -> str:
     """A Markdown table: for each format and number of rows, dense time over time."""
     rows = rows_of(stored, shape, orientation, dtype)
@@ -101,10 +107,9 @@ def table(stored: Any, shape: str, orientation: str, dtype: str = "float32") -> 
         + " | ".join(f"{row['times'][BASELINE]['median'] * 1e3:.2f}" for row in rows)
         + " |",
     ]
-    for name in rows[0]["times"]:
-        if name != BASELINE:
-            found = [1 / row["times"][name]["ratio"] for row in rows]
-            lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in found) + " |")
+    for name in formats_of(rows):
+        found = [1 / row["times"][name]["ratio"] for row in rows]
+        lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in found) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -186,7 +191,7 @@ def plot(stored: Any, file: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = rows_of(stored, SHAPE, "w @ x")
-    names = [name for name in rows[0]["times"] if name != BASELINE]
+    names = formats_of(rows)
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     width = 0.8 / len(names)
     for i, name in enumerate(names):

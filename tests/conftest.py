@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -20,6 +21,9 @@ from jax._src import compiler
 
 
 jaxtyping.install_import_hook("eqquant", "beartype.beartype")
+import helpers  # noqa: E402, after the hook: it imports eqquant
+
+
 # Tracing makes many small objects: a tenth of the time went into looking for cycles.
 gc.set_threshold(200_000, 20, 50)
 
@@ -48,6 +52,13 @@ def _free_compiled_programs():
     """Thousands of them would fill the memory of a small machine."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def own_table() -> Iterator[None]:
+    """Rules and laws that a test adds are forgotten after it."""
+    with helpers.own_table():
+        yield
 
 
 def _optimize(fully: bool) -> None:

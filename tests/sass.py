@@ -88,16 +88,11 @@ def count(case: Case, dump: Path) -> dict[str, Any]:
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-    import eqquant as eqq
+    from eqquant._registry import QUANTIZERS
     from eqquant.kernels import quantized_dot_general
 
-    quantize = {
-        "nf4": eqq.ArrayNF4.quantize,
-        "int8 in blocks": partial(eqq.Array8B.quantize, block_size=128),
-        "ternary": eqq.Array1B.quantize,
-        "binary": partial(eqq.Array1B.quantize, levels="binary"),
-        "rsr ternary": eqq.RSROperatorTernary.quantize,
-    }[case.format]
+    formats = QUANTIZERS | {"int8 in blocks": partial(QUANTIZERS["int8"], block_size=128)}
+    quantize = formats[case.format]
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=TARGET, topology_name="", topology="1x1x1"
     )

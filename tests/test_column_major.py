@@ -2,7 +2,6 @@
 
 import dataclasses
 import pickle
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -12,26 +11,21 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from helpers import normal
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import eqquant as eqq
 from eqquant import lora, testing
+from eqquant.testing import LAYOUTS
 
 
-FORMATS = {
-    "ternary": eqq.Array1B.quantize,
-    "binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "nf4": eqq.ArrayNF4.quantize,
-    "nf4 double": partial(eqq.ArrayNF4.quantize, double=True),
-    "rsr binary": eqq.RSROperatorBinary.quantize,
-    "rsr ternary": eqq.RSROperatorTernary.quantize,
-}
+FORMATS = {name: each for name, each in LAYOUTS.items() if each.packed > 1}
 each_format = pytest.mark.parametrize("name", FORMATS)
 
 
 def pair(name: str, *shape: int) -> tuple[Any, eqq.ColumnMajor]:
     """A weight in row-major and in column-major order."""
-    rows = FORMATS[name](jax.random.normal(jax.random.key(0), shape))
+    rows = FORMATS[name](normal(*shape))
     return rows, eqq.column_major(rows)
 
 
@@ -111,7 +105,7 @@ def test_what_keeps_the_order_and_what_does_not(name):
 def test_stacked_layers(name):
     shape, x = (3, 24, 24), jnp.ones(24)
     dense = jax.random.normal(jax.random.key(0), shape)
-    stack = jax.vmap(lambda w: eqq.column_major(FORMATS[name](w)))(dense)
+    stack = jax.vmap(FORMATS[name].column_major)(dense)
     assert stack.shape == shape
 
     def through(stack: Any, x: Any) -> Any:
@@ -133,7 +127,7 @@ def test_models_adapters_and_files(tmp_path):
     model = eqx.nn.MLP(64, 8, 640, 2, key=jax.random.key(0))
     x = jnp.linspace(-1, 1, 64)
     rows = eqq.quantize(model, eqq.ArrayNF4.quantize)
-    columns = eqq.quantize(model, lambda w: eqq.column_major(eqq.ArrayNF4.quantize(w)))
+    columns = eqq.quantize(model, FORMATS["nf4"].column_major)
     adapted = lora.add(columns, rank=2, key=jax.random.key(1))
     with eqq.strict():
         want = rows(x)

@@ -10,17 +10,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from helpers import examples, STRATEGIES
 from jax import lax
 
 import eqquant as eqq
 from eqquant.kernels import convolution, convolve
-from eqquant.testing import arrays, DTYPES, FORMATS, generator
+from eqquant.testing import DTYPES, generator, QUANTIZERS
 
 
 PLATFORMS = [("cpu",), ("cuda",), ("tpu",), ("cpu", "cuda", "tpu")]
 
-# The others take turns: each program takes its time to compile.
-STRATEGIES = {"Array8B": FORMATS["Array8B"], "any format": arrays}
 each_format = pytest.mark.parametrize("format", STRATEGIES)
 
 
@@ -28,11 +27,6 @@ each_format = pytest.mark.parametrize("format", STRATEGIES)
 def everything_is_large(monkeypatch):
     """Tiny kernels go the way of large ones: in pieces."""
     monkeypatch.setattr(convolution, "SMALL_BYTES", 0)
-
-
-def examples(share: float) -> hypothesis.settings:
-    base = hypothesis.settings()
-    return hypothesis.settings(base, max_examples=max(4, int(base.max_examples * share)))
 
 
 def with_scale(w: eqq.Array8B, scale: Any) -> eqq.Array8B:
@@ -238,11 +232,7 @@ def test_tiles_longer_than_the_axis_that_is_cut():
     np.testing.assert_allclose(got, jax.grad(loss)(x, q.materialize()), rtol=1e-3, atol=1e-2)
 
 
-POINTWISE = {
-    "Array8B": lambda w, axis: eqq.Array8B.quantize(w, axis=axis),
-    "ArrayNF4": lambda w, axis: eqq.ArrayNF4.quantize(w, 4, axis),
-    "Array1B": lambda w, axis: eqq.Array1B.quantize(w, axis=axis),
-}
+POINTWISE = {name: QUANTIZERS[name].with_blocks(4) for name in ("int8", "nf4", "ternary")}
 
 
 @pytest.mark.parametrize("order", [order for orders in ORDERS.values() for order in orders])
@@ -253,7 +243,7 @@ def test_over_a_single_point_it_is_a_product(format, order):
     lengths = dict(N=2, C=20, H=5, W=4)
     x = jnp.asarray(rng.normal(size=[lengths[letter] for letter in order[0]]), jnp.float32)
     kernel = rng.normal(size=[dict(O=12, I=20).get(letter, 1) for letter in order[1]])
-    w = POINTWISE[format](jnp.asarray(kernel, jnp.float32), order[1].index(along))
+    w = POINTWISE[format](jnp.asarray(kernel, jnp.float32), axis=order[1].index(along))
     strides = (2, 1)[: x.ndim - 2]
     c = Convolution(
         x, w, {"window_strides": strides, "padding": "VALID", "dimension_numbers": order}

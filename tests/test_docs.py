@@ -8,15 +8,15 @@ import subprocess
 import sys
 import textwrap
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 from jax import lax
 
 import eqquant as eqq
-from eqquant import _compat, _dispatch, kernels, testing, tiles
+from eqquant import _dispatch, kernels, testing, tiles
 
 
 ROOT = Path(__file__).parent.parent
@@ -80,23 +80,6 @@ def run(text: str, name: str) -> None:
         exec(compile("\n" * line + code, name, "exec"), namespace)
 
 
-@pytest.fixture
-def own_table() -> Iterator[None]:
-    """Rules and laws that an example adds are forgotten after it."""
-    resolvers, before = _dispatch._resolvers, dict(_dispatch._resolvers)
-    laws = dict(testing.LAWS)
-    for primitive, resolver in before.items():
-        resolvers[primitive] = _compat.Resolver(primitive.name)
-        for method in resolver.methods:
-            resolvers[primitive].register(method)
-    yield
-    resolvers.clear()
-    resolvers.update(before)
-    _dispatch._resolved.clear()
-    testing.LAWS.clear()
-    testing.LAWS.update(laws)
-
-
 @pytest.mark.usefixtures("own_table")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page(page: Path) -> None:
@@ -116,11 +99,9 @@ def test_examples_leave_no_rule_behind() -> None:
         return {name: len(rules) for name, rules in _dispatch.rules().items()}
 
     before = table()
-    test_restores = inspect.unwrap(own_table)()
-    next(test_restores)
-    eqq.register(lax.neg_p, lax.sort_p)(_no_packed_form)
-    assert table() == before | {"neg": before["neg"] + 1, "sort": 1}
-    next(test_restores, None)
+    with helpers.own_table():
+        eqq.register(lax.neg_p, lax.sort_p)(_no_packed_form)
+        assert table() == before | {"neg": before["neg"] + 1, "sort": 1}
     assert table() == before
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from functools import partial
 
 import equinox as eqx
 import jax
@@ -10,27 +9,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from helpers import normal
 
 import eqquant as eqq
+from eqquant.testing import LAYOUTS, QUANTIZERS
 
 
-QUANTIZERS = {
-    "int8": eqq.Array8B.quantize,
-    "int8 blocks": partial(eqq.Array8B.quantize, block_size=64),
-    "nf4": eqq.ArrayNF4.quantize,
-    "nf4 double": partial(eqq.ArrayNF4.quantize, double=True),
-    "nf4 search": partial(eqq.ArrayNF4.quantize, scale="search"),
-    "ternary": eqq.Array1B.quantize,
-    "ternary least squares": partial(eqq.Array1B.quantize, scale="least_squares"),
-    "binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "rsr binary": eqq.RSROperatorBinary.quantize,
-    "rsr ternary": eqq.RSROperatorTernary.quantize,
-}
 each_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 @each_quantizer
@@ -53,35 +38,21 @@ def test_arrays_without_axes(name):
     assert float(q.reshape(1, 1)[0, 0]) == 2.5
 
 
-# Uniform rounding of step m / 127 has variance m^2 / (12 127^2); the levels of the others are optimal or
-# given: closed forms on N(0, 1), integrated numerically for NF4.
-SQNR = {
-    "binary": 4.396,
-    "ternary": 5.794,
-    "ternary least squares": 7.208,
-    "rsr ternary": 5.794,
-    "rsr binary": -10 * np.log10(1 - 1 / np.pi),
-    "nf4": 20.73,
-    "nf4 double": 20.73,
-    "nf4 search": 21.40,
-}
-
-
 def sqnr(x, q):
     x = np.asarray(x, np.float64)
     return 10 * np.log10((x**2).sum() / ((x - np.asarray(q.materialize(), np.float64)) ** 2).sum())
 
 
-@pytest.mark.parametrize("name", SQNR)
+@pytest.mark.parametrize("name", [name for name, each in QUANTIZERS.items() if each.sqnr_db])
 def test_accuracy_on_normal_numbers_is_the_closed_form(name):
     x = normal(1024, 4096)
-    assert abs(sqnr(x, QUANTIZERS[name](x)) - SQNR[name]) < 0.03
+    assert abs(sqnr(x, QUANTIZERS[name](x)) - QUANTIZERS[name].sqnr_db) < 0.03
 
 
 def test_accuracy_of_int8_blocks_is_the_closed_form():
     x = normal(1024, 4096)
     largest = np.abs(np.asarray(x, np.float64)).reshape(1024, 64, 64).max(-1)
-    # The largest of the 64 has no error.
+    # Uniform rounding of step m / 127 has variance m^2 / (12 127^2); the largest of the 64 has no error.
     expected = -10 * np.log10(63 / 64 * (largest**2).mean() / (127**2 * 12))
     assert abs(sqnr(x, QUANTIZERS["int8 blocks"](x)) - expected) < 0.03
 
@@ -91,20 +62,22 @@ def test_searched_scales_gain_over_half_a_decibel():
     assert sqnr(x, QUANTIZERS["nf4 search"](x)) - sqnr(x, QUANTIZERS["nf4"](x)) >= 0.6
 
 
-BITS = {
-    "int8": 8.01, "nf4": 4.5, "nf4 double": 4.13, "ternary": 1.61, "binary": 1.01,
-    "rsr binary": 1.01, "rsr ternary": 2.01,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BITS)
+@each_quantizer
 def test_bits_per_weight_with_all_leaves(name):
     weight = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
     plan = eqq.plan({"w": weight}, QUANTIZERS[name])
-    assert plan.rows[0].bits_per_weight <= BITS[name]
+    assert -0.01 < plan.rows[0].bits_per_weight - QUANTIZERS[name].bits <= 0
     small = QUANTIZERS[name](normal(64, 640))
     leaves = jtu.tree_leaves(small)
     assert small.nbytes == sum(leaf.nbytes for leaf in leaves)
+
+
+@each_quantizer
+def test_what_the_registry_says_of_the_tiles(name):
+    quantizer = QUANTIZERS[name]
+    q = quantizer(normal(2, 640))
+    assert (1 if q.packing is None else q.packing.elements) == quantizer.packed
+    assert q.block_size == quantizer.block_size
 
 
 @each_quantizer
@@ -233,7 +206,7 @@ def test_structural_rules_keep_the_packed_form(name):
     }
     if name.startswith("rsr"):
         del programs["negative"]
-    if name[:4] != "int8" and name not in ("nf4", "nf4 double", "nf4 search"):
+    if QUANTIZERS[name].packed > 1 and not QUANTIZERS[name].block_size:
         del programs["join whole tiles"]  # one scale for a row: two rows have two
     for label, program in programs.items():
         with eqq.strict():
@@ -246,7 +219,7 @@ def test_structural_rules_keep_the_packed_form(name):
         )
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTIZERS if "search" not in name])
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("orientation", ["x @ w.T", "x @ w"])
 def test_products_and_their_derivatives_hold_no_dense_weight(name, orientation):
     w = jax.eval_shape(QUANTIZERS[name], jax.ShapeDtypeStruct((1024, 1024), jnp.float32))

@@ -33,25 +33,26 @@ from eqquant.kernels.matmul import choose, gpu
 from eqquant.kernels.matmul.gpu import supports
 from eqquant.kernels.matmul.gpu.blocks import Blocks, blocks_for, Case
 from eqquant.kernels.matmul.reference import Axes
+from eqquant.testing import LAYOUTS
 from eqquant.tiles import Packing, Tile
 
 
 blocks = importlib.import_module("eqquant.kernels.matmul.gpu.blocks")
 
 FORMATS = {
-    "nf4": eqq.ArrayNF4.quantize,
-    "nf4 double": partial(eqq.ArrayNF4.quantize, double=True),
-    "nf4 along the first axis": partial(eqq.ArrayNF4.quantize, axis=0, block_size=32),
-    "nf4 in odd blocks": partial(eqq.ArrayNF4.quantize, block_size=50),
-    "int8": eqq.Array8B.quantize,
-    "int8 in blocks": partial(eqq.Array8B.quantize, block_size=32),
-    "int8 in odd blocks": partial(eqq.Array8B.quantize, block_size=10, axis=0),
-    "ternary": eqq.Array1B.quantize,
-    "ternary in blocks": partial(eqq.Array1B.quantize, block_size=16),
-    "binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "binary in blocks": partial(eqq.Array1B.quantize, levels="binary", block_size=32),
-    "rsr binary": eqq.RSROperatorBinary.quantize,
-    "rsr ternary": partial(eqq.RSROperatorTernary.quantize, k=11),
+    "nf4": LAYOUTS["nf4"],
+    "nf4 double": LAYOUTS["nf4 double"],
+    "nf4 along the first axis": partial(LAYOUTS["nf4"], axis=0, block_size=32),
+    "nf4 in odd blocks": partial(LAYOUTS["nf4"], block_size=50),
+    "int8": LAYOUTS["int8"],
+    "int8 in blocks": partial(LAYOUTS["int8"], block_size=32),
+    "int8 in odd blocks": partial(LAYOUTS["int8"], block_size=10, axis=0),
+    "ternary": LAYOUTS["ternary"],
+    "ternary in blocks": partial(LAYOUTS["ternary"], block_size=16),
+    "binary": LAYOUTS["binary"],
+    "binary in blocks": partial(LAYOUTS["binary"], block_size=32),
+    "rsr binary": LAYOUTS["rsr binary"],
+    "rsr ternary": partial(LAYOUTS["rsr ternary"], k=11),
 }
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 # rows, then the axes of the weight: of one block, of several that fit, of several that do not.

@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "_report": "_array _implicit _model _table",
     "_audit": "_daylight _implicit _table",
     "lora": "_array _dispatch _implicit _implicit_array _model _report",
-    "testing": "_array _daylight _implicit _model _scaled formats testing tiles",
+    "_registry": "_transposed formats",
+    "testing": "_array _daylight _implicit _model _registry _scaled formats testing tiles",
     "__init__": "_array _audit _daylight _dispatch _implicit _implicit_array _matmul _model _report _scaled _training "
     "_transposed formats lora rules",
 }
@@ -210,6 +211,14 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_importing_loads_no_pallas() -> None:
     done = python("import sys, eqquant; assert 'jax.experimental.pallas' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_registry_is_read_without_hypothesis_and_not_by_the_package() -> None:
+    done = python(
+        "import sys, eqquant; assert 'eqquant._registry' not in sys.modules\n"
+        "import eqquant._registry; assert 'hypothesis' not in sys.modules"
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -12,18 +12,14 @@ import eqquant as eqq
 from eqquant.kernels.matmul import integer
 from eqquant.kernels.matmul.integer import supports
 from eqquant.kernels.matmul.reference import Axes
+from eqquant.testing import QUANTIZERS
 
 
 pytestmark = pytest.mark.usefixtures("fully_optimized")
 
 
-INTEGERS = {
-    "int8": eqq.Array8B.quantize,
-    "ternary": eqq.Array1B.quantize,
-    "binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "rsr binary": eqq.RSROperatorBinary.quantize,
-    "rsr ternary": partial(eqq.RSROperatorTernary.quantize, k=11),
-}
+INTEGERS = {name: QUANTIZERS[name] for name in ("int8", "ternary", "binary", "rsr binary")}
+INTEGERS["rsr ternary"] = partial(QUANTIZERS["rsr ternary"], k=11)
 each_of_integers = pytest.mark.parametrize("name", INTEGERS)
 
 

@@ -13,18 +13,17 @@ import eqquant as eqq
 from eqquant.kernels.matmul import tables
 from eqquant.kernels.matmul.reference import Axes
 from eqquant.kernels.matmul.tables import supports
+from eqquant.testing import QUANTIZERS
 
 
 pytestmark = pytest.mark.usefixtures("fully_optimized")
 
 
 PACKED = {
-    "ternary": partial(eqq.Array1B.quantize, axis=0),
-    "binary": partial(eqq.Array1B.quantize, axis=0, levels="binary"),
-    "binary, blocks": partial(eqq.Array1B.quantize, axis=0, levels="binary", block_size=16),
-    "nf4": partial(eqq.ArrayNF4.quantize, axis=0, block_size=16),
-    "nf4, double": partial(eqq.ArrayNF4.quantize, axis=0, block_size=16, double=True),
+    name: partial(QUANTIZERS[name].with_blocks(16), axis=0)
+    for name in ("ternary", "binary", "nf4", "nf4 double")
 }
+PACKED["binary, blocks"] = partial(QUANTIZERS["binary"], axis=0, block_size=16)
 each_format = pytest.mark.parametrize("name", PACKED)
 FIRST = Axes((1,), (0,), (), ())
 

@@ -15,13 +15,14 @@ import jax.tree_util as jtu
 import jaxtyping
 import numpy as np
 import pytest
+from helpers import examples, STRATEGIES
 from jax import lax
 
 import eqquant as eqq
 from eqquant.kernels import quantized_dot_general
 from eqquant.kernels.matmul import fused, reference, tiled
 from eqquant.kernels.matmul.reference import Axes
-from eqquant.testing import arrays, DTYPES, FORMATS, generator
+from eqquant.testing import DTYPES, generator
 
 
 pytestmark = pytest.mark.usefixtures("fully_optimized")
@@ -30,8 +31,6 @@ pytestmark = pytest.mark.usefixtures("fully_optimized")
 tiling = importlib.import_module("eqquant.kernels.matmul.tiled")
 choice = importlib.import_module("eqquant.kernels.matmul.cpu")
 
-# The others take turns: each program takes its time to compile.
-STRATEGIES = {"Array8B": FORMATS["Array8B"], "any format": arrays}
 each_format = pytest.mark.parametrize("format", STRATEGIES)
 
 
@@ -39,11 +38,6 @@ each_format = pytest.mark.parametrize("format", STRATEGIES)
 def everything_is_large(monkeypatch):
     """Tiny operands go the way of large ones: in pieces."""
     monkeypatch.setattr(tiling, "SMALL_BYTES", 0)
-
-
-def examples(share: float) -> hypothesis.settings:
-    base = hypothesis.settings()
-    return hypothesis.settings(base, max_examples=max(4, int(base.max_examples * share)))
 
 
 # --------------------------------------------------------------------------- drawing a product

@@ -1,11 +1,13 @@
 """Every law holds for every format, in every mode, on arrays of stored leaves that nobody quantized."""
 
+import re
+
 import hypothesis
 import jax
 import pytest
 
 import eqquant as eqq
-from eqquant import _compat, _dispatch, testing
+from eqquant import _compat, _dispatch, _registry, testing
 from eqquant.testing import DENSE_PROGRAMS, FORMATS, LAWS, MODES, NO_QUANTIZED_OPERAND
 
 
@@ -56,9 +58,18 @@ def test_every_rule_has_a_law() -> None:
     assert not missing, f"rules without a law in eqquant/testing: {', '.join(sorted(missing))}"
 
 
-def test_every_format_has_a_strategy() -> None:
-    missing = set(eqq.formats.__all__) - set(FORMATS)
-    assert not missing, f"formats without a strategy in eqquant/testing/strategies.py: {missing}"
+@pytest.mark.parametrize("format", eqq.formats.__all__)
+def test_every_format_has_a_strategy_and_is_registered(format: str) -> None:
+    assert format in FORMATS, f"{format} has no strategy in eqquant/testing/strategies.py"
+    registered = {each.format.__name__ for each in testing.QUANTIZERS.values()}
+    assert format in registered, f"{format} has no entry in eqquant/_registry.py"
+
+
+def test_every_entry_of_the_registry_is_of_a_format() -> None:
+    entries = _registry._ENTRIES
+    assert len(entries) == len(testing.QUANTIZERS) == len({each.title for each in entries})
+    assert {each.format.__name__ for each in entries} <= set(eqq.formats.__all__)
+    assert {each.like for each in entries if each.like} <= set(testing.LAYOUTS)
 
 
 def test_no_pair_of_formats_is_ambiguous() -> None:
@@ -79,14 +90,85 @@ def test_no_pair_of_formats_is_ambiguous() -> None:
                     _dispatch.resolve(primitive, first, second, third)
 
 
-def test_a_law_that_does_not_hold_is_found() -> None:
+# ----------------------------------------------------------------------------- what failures say
+
+
+def check_and_fail(error: type[Exception], mode: testing.Mode) -> str:
+    """What is said when the law of `neg` does not hold for Array8B."""
+    with pytest.raises(error) as caught:
+        testing.check_law("neg", FORMATS["Array8B"], mode, max_examples=10)
+    return "\n".join([str(caught.value), *caught.value.__notes__])
+
+
+@pytest.mark.usefixtures("own_table")
+@pytest.mark.parametrize(
+    ("mode", "where"),
+    [
+        ("eager", "result"),
+        ("jit", "result"),
+        ("vmap", "vmap, array 0 of the stack, result"),
+        ("grad", "derivative with respect to scale"),
+    ],
+)
+def test_a_law_that_does_not_hold_says_all(mode: testing.Mode, where: str) -> None:
+    @eqq.register("neg")
+    def neg_wrong(primitive, x: eqq.Array8B, **params):
+        return x.replace(scale=2 * x.scale)
+
+    said = check_and_fail(AssertionError, mode)
+    number = r"-?[\d.e+-]+"
+    bound = rf"to {number}\." if mode == "grad" else r"bit for bit\."
+    assert re.search(
+        rf"^{where}, \w+\[[\d, ]+\]: \d+ of \d+ elements are off\. "
+        rf"The worst, \[[\d, ]+\]: got {number}, want {number}, {bound}$",
+        said,
+        re.MULTILINE,
+    ), said
+    for words in (
+        "law: neg (neg)",
+        f"mode: {mode}",
+        "array: Array8B, Array8B(",
+        "scale=float32[",
+        "program: { lambda",
+        "= neg a",
+        "reproduce_failure",
+    ):
+        assert words in said, said
+
+
+@pytest.mark.usefixtures("own_table")
+def test_a_program_that_raises_says_all_but_its_result() -> None:
+    @eqq.register("neg")
+    def neg_raising(primitive, x: eqq.Array8B, **params):
+        raise ZeroDivisionError("of all things")
+
+    said = check_and_fail(ZeroDivisionError, "eager")
+    assert said.startswith("of all things")
+    for words in ("law: neg (neg)", "mode: eager", "array: Array8B, Array8B(", "= neg a"):
+        assert words in said, said
+
+
+@pytest.mark.usefixtures("own_table")
+def test_a_program_that_cannot_be_traced_is_named_all_the_same() -> None:
     @testing.law("transpose")
     def reversed_by_mistake(draw, x):
-        return lambda x: x if isinstance(x, jax.Array) and not _is_traced(x) else -x
+        return lambda x: x if isinstance(x, jax.Array) and not _is_traced(x) else -x.no_such_name
 
-    law = LAWS.pop("reversed_by_mistake")
-    with pytest.raises(AssertionError):
-        testing.check_law(law, FORMATS["Array8B"], max_examples=3)
+    with pytest.raises(AttributeError) as caught:
+        testing.check_law("reversed_by_mistake", FORMATS["Array8B"], max_examples=3)
+    (note,) = (note for note in caught.value.__notes__ if "law: reversed_by_mistake" in note)
+    assert "program: which JAX cannot trace:" in note
+
+
+@pytest.mark.usefixtures("own_table")
+def test_a_dense_answer_that_is_wrong_says_all() -> None:
+    @eqq.register("exp")
+    def exp_wrong(primitive, x: eqq.Array8B, **params):
+        return x.materialize()
+
+    with pytest.raises(AssertionError, match="elements are off") as caught:
+        testing.check_dense_answer("exp", FORMATS["Array8B"], max_examples=3)
+    assert any("dense answer: exp\narray: Array8B" in note for note in caught.value.__notes__)
 
 
 def _is_traced(x: object) -> bool:

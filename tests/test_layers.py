@@ -17,8 +17,10 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from helpers import in_turns
 
 import eqquant as eqq
+from eqquant.testing import LAYOUTS
 
 
 nn = eqx.nn
@@ -395,17 +397,13 @@ def test_half_precision(name, dtype):
     _assert_agree(found, eqx.filter_jit(layer.call)(eqq.materialize(model), *xs), model)
 
 
-OTHER_FORMATS = {
-    "nf4 double": functools.partial(eqq.ArrayNF4.quantize, double=True),
-    "ternary": eqq.Array1B.quantize,
-    "rsr ternary": eqq.RSROperatorTernary.quantize,
-}
+OTHER_FORMATS = [name for name, each in LAYOUTS.items() if each.format is not eqq.Array8B]
 
 
-@pytest.mark.parametrize("name", OTHER_FORMATS)
-@with_each_layer
+@pytest.mark.parametrize(("layer", "name"), in_turns(LAYERS, OTHER_FORMATS, each=3))
 def test_other_formats(layer, name):
-    model = eqq.quantize(layer.make(jr.key(0)), {layer.pattern: OTHER_FORMATS[name]})
+    layer = LAYERS[layer]
+    model = eqq.quantize(layer.make(jr.key(0)), {layer.pattern: LAYOUTS[name]})
     model, xs = eqx.Partial(layer.call, model), _inputs(layer)
     with _strict_unless_dense(layer):
         found = eqx.filter_jit(eqq.implicit(model))(*xs)

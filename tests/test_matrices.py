@@ -1,26 +1,23 @@
 """Products of any rank, as products of matrices."""
 
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import in_turns
 from jax import lax
 
 import eqquant as eqq
 from eqquant.kernels.matmul.matrices import by_matrices, holds_for_matrices
 from eqquant.kernels.matmul.reference import Axes, reference
+from eqquant.testing import LAYOUTS
 from eqquant.tiles import Unaligned
 
 
-FORMATS = {
-    "nf4": partial(eqq.ArrayNF4.quantize, block_size=8),
-    "nf4 double": partial(eqq.ArrayNF4.quantize, block_size=8, double=True),
-    "int8": eqq.Array8B.quantize,
-    "int8 in blocks": partial(eqq.Array8B.quantize, block_size=8),
-    "binary": partial(eqq.Array1B.quantize, levels="binary"),
-}
+# Merged axes need scales of blocks, and whole tiles in 8 elements.
+FORMATS = {name: each.with_blocks(8) for name, each in LAYOUTS.items() if each.takes("block_size")}
+FORMATS = {name: each for name, each in FORMATS.items() if 8 % each.tile == 0}
 # The shapes of x, of w, those that are summed over, those of the batch; and into how many matrices w is taken apart.
 PRODUCTS = {
     "matrix": ((3, 32), (5, 32), ((1, 1),), (), 1),
@@ -39,7 +36,6 @@ PRODUCTS = {
 
 
 def operands(case: str, how: Any) -> tuple[Any, Any, Axes]:
-    """With blocks along the last summed axis of the weight."""
     x_shape, w_shape, summed, batch, _ = PRODUCTS[case]
     axes = Axes(*(tuple(pair[i] for pair in pairs) for pairs in (summed, batch) for i in (0, 1)))
     rng = np.random.default_rng(0)
@@ -47,11 +43,7 @@ def operands(case: str, how: Any) -> tuple[Any, Any, Axes]:
     return x, how(w, axis=max(axes.w_contract)), axes
 
 
-# Formats take turns.
-@pytest.mark.parametrize(
-    ("case", "format"),
-    [(case, [*FORMATS][(i + j) % len(FORMATS)]) for i, case in enumerate(PRODUCTS) for j in (0, 2)],
-)
+@pytest.mark.parametrize(("case", "format"), in_turns(PRODUCTS, [*FORMATS], each=2))
 def test_by_matrices(case, format):
     x, w, axes = operands(case, FORMATS[format])
     sizes = []

@@ -16,6 +16,7 @@ import pytest
 from jax import lax
 
 import eqquant as eqq
+from eqquant import testing
 
 
 pytestmark = pytest.mark.usefixtures("fully_optimized")
@@ -97,17 +98,17 @@ def test_products_need_less_than_a_tenth_of_the_dense_weight(layout, product, ro
     assert back < SIZE * SIZE * 4 / 10
 
 
-FORMATS = {
-    "int8": eqq.Array8B.quantize,
-    "nf4": eqq.ArrayNF4.quantize,
-    "nf4 double": partial(eqq.ArrayNF4.quantize, double=True),
-    "ternary": eqq.Array1B.quantize,
-    "binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "rsr binary": eqq.RSROperatorBinary.quantize,
-    "rsr ternary": eqq.RSROperatorTernary.quantize,
-    "nf4 column-major": lambda w: eqq.column_major(eqq.ArrayNF4.quantize(w)),
-    "ternary column-major": lambda w: eqq.column_major(eqq.Array1B.quantize(w)),
+FORMATS = testing.LAYOUTS | {
+    f"{name} column-major": testing.LAYOUTS[name].column_major for name in ("nf4", "ternary")
 }
+
+
+def computed_scales(w: Any) -> int:
+    """The bytes of the scales that a product computes from what is stored for them."""
+    w = w.stored if isinstance(w, eqq.ColumnMajor) else w
+    scale = jax.eval_shape(lambda w: w.scale_leaf.array, w)
+    stored = [(leaf.shape, leaf.dtype) for leaf in jtu.tree_leaves(w)]
+    return 0 if (scale.shape, scale.dtype) in stored else nbytes(scale)
 
 
 @pytest.mark.parametrize("rows", [1, 64])
@@ -118,11 +119,7 @@ def test_products_of_every_format(name, product, rows):
     w, x = jax.eval_shape(FORMATS[name], array(size, size)), array(rows, size)
     forward, back = both_passes(PRODUCTS[product][0], w, x)
     # Beside a tenth of the weight: the inputs taken apart, the outputs, and scales that were quantized.
-    allowed = (
-        size * size * 4 / 10
-        + 2 * nbytes(x)
-        + (nbytes(jax.eval_shape(lambda w: w.scale, w)) if "double" in name else 0)
-    )
+    allowed = size * size * 4 / 10 + 2 * nbytes(x) + computed_scales(w)
     assert forward < allowed
     assert back < allowed
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_raises
 
 import eqquant as eqq
 
@@ -177,7 +178,4 @@ def test_delete_frees_the_leaves():
     ],
 )  # fmt: skip
 def test_bad_input_is_named_shown_and_answered(make, error, words):
-    with pytest.raises(error) as caught:
-        make()
-    for word in words:
-        assert word in str(caught.value)
+    assert_raises(make, error, words)

@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
+from helpers import normal
 
 import eqquant as eqq
 
@@ -37,10 +38,6 @@ def model() -> Any:
 
 def mlp(seed: int) -> eqx.nn.MLP:
     return eqx.nn.MLP(6, 4, 8, 2, key=jax.random.key(seed))
-
-
-def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def zeros_like(tree: Any) -> Any:

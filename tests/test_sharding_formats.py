@@ -1,9 +1,9 @@
 """Every format split over the eight virtual devices: all stored leaves together, values unchanged."""
 
 import pickle
-from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,27 +16,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import eqquant as eqq
 from eqquant.formats.nested import NestedScale
+from eqquant.testing import LAYOUTS
 
 
-class Format(NamedTuple):
-    quantize: Callable[..., Any]
-    tile: int
-    """What has to stay on one device, along `axis`."""
-    axis: int = 1
-
-
-FORMATS = {
-    "Array8B": Format(partial(eqq.Array8B.quantize, block_size=40), 40),
-    "ArrayNF4": Format(partial(eqq.ArrayNF4.quantize, block_size=8), 8),
-    "ArrayNF4 of columns": Format(partial(eqq.ArrayNF4.quantize, block_size=2, axis=0), 2, 0),
-    "ArrayNF4 double": Format(partial(eqq.ArrayNF4.quantize, block_size=8, double=True), 8),
-    "Array1B ternary": Format(partial(eqq.Array1B.quantize, block_size=40), 5),
-    "Array1B binary": Format(partial(eqq.Array1B.quantize, levels="binary"), 8),
-    "RSROperatorBinary": Format(eqq.RSROperatorBinary.quantize, 8),
-    "RSROperatorTernary": Format(partial(eqq.RSROperatorTernary.quantize, k=10), 10),
+# `int8`, which has no tiles, is that of test_sharding.
+FORMATS = {name: each.with_blocks(8) for name, each in LAYOUTS.items() if name != "int8"}
+FORMATS |= {
+    "nf4 of columns": replace(FORMATS["nf4"], options={"block_size": 2, "axis": 0}, block_size=2),
+    "ternary": replace(FORMATS["ternary"], options={"block_size": 40}),
+    "rsr ternary": replace(FORMATS["rsr ternary"], options={"k": 10}, packed=10),
 }
 each_format = pytest.mark.parametrize("name", FORMATS)
-ROWS, COLUMNS = 16, 320  # whole tiles of every format on each of eight devices
+
+
+def packed_axis(name: str) -> int:
+    return FORMATS[name].options.get("axis", 1)
+
+
+ROWS, COLUMNS = 16, 640  # whole tiles of every format on each of eight devices
 SPECS = [("a", "b"), (None, ("b", "a"))]
 each_spec = pytest.mark.parametrize("names", SPECS, ids=["both", "columns"])
 
@@ -64,7 +61,7 @@ def weight() -> np.ndarray:
 
 @cache
 def quantized(name: str) -> Any:
-    return FORMATS[name].quantize(weight())
+    return FORMATS[name](weight())
 
 
 @cache
@@ -74,7 +71,7 @@ def dense(name: str) -> np.ndarray:
 
 @cache
 def stacked(name: str) -> Any:
-    return jax.jit(jax.vmap(FORMATS[name].quantize))(normal(2, ROWS, COLUMNS))
+    return jax.jit(jax.vmap(FORMATS[name]))(normal(2, ROWS, COLUMNS))
 
 
 @cache
@@ -188,16 +185,16 @@ def test_resharding_moves_the_data(mesh, name):
 @each_format
 def test_values_in_the_context_of_an_explicit_mesh(name):
     with jax.set_mesh(EXPLICIT):
-        q = FORMATS[name].quantize(weight()).with_sharding(P("a", "b"))
+        q = FORMATS[name](weight()).with_sharding(P("a", "b"))
         assert_same(jax.jit(lambda q: q.materialize())(q), dense(name))
 
 
 # ---------------------------------------------------------------------------------- what raises
 
 
-@each_format
+@pytest.mark.parametrize("name", [name for name, each in FORMATS.items() if each.tile > 1])
 def test_a_tile_that_would_be_cut_raises(mesh, name):
-    quantize, tile, axis = FORMATS[name]
+    quantize, tile, axis = FORMATS[name], FORMATS[name].tile, packed_axis(name)
     x, names = normal(12, 248), (None, "b") if axis else ("b", None)
     sharding = NamedSharding(mesh, P(*names))
     q = quantize(x)
@@ -217,12 +214,12 @@ def test_a_tile_that_would_be_cut_raises(mesh, name):
         eqq.implicit(mapped)(q)
 
 
-@pytest.mark.parametrize("name", ["Array8B", "ArrayNF4 of columns", "RSROperatorTernary"])
+@pytest.mark.parametrize("name", ["int8 blocks", "nf4 of columns", "rsr ternary"])
 def test_a_mesh_axis_of_one_device_cuts_nothing(name):
     mesh = jax.make_mesh((4, 1), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
-    names = ("rows", "columns") if FORMATS[name].axis else ("columns", "rows")
-    x = normal(*((12, 247) if FORMATS[name].axis else (15, 248)))  # the last tile is partial
-    q = FORMATS[name].quantize(x)
+    names = ("rows", "columns") if packed_axis(name) else ("columns", "rows")
+    x = normal(*((12, 247) if packed_axis(name) else (15, 248)))  # the last tile is partial
+    q = FORMATS[name](x)
     placed = q.with_mesh_and_axis((mesh, names))
     assert specs(placed) == want(q, names)
     assert_same(placed.materialize(), q.materialize())
@@ -233,7 +230,7 @@ def test_a_mesh_axis_of_one_device_cuts_nothing(name):
 
 @each_format
 def test_quantize_takes_the_sharding_over(mesh, name):
-    q = FORMATS[name].quantize(jax.device_put(weight(), NamedSharding(mesh, P("b", "a"))))
+    q = FORMATS[name](jax.device_put(weight(), NamedSharding(mesh, P("b", "a"))))
     assert specs(q) == want(q, ("b", "a"))
     assert jtu.tree_structure(q) == jtu.tree_structure(quantized(name))
     assert_close(q.materialize(), dense(name), terms=4, magnitude=4)
@@ -242,7 +239,7 @@ def test_quantize_takes_the_sharding_over(mesh, name):
 @each_format
 def test_quantize_inside_jit_keeps_the_sharding(name):
     sharded = jax.device_put(weight(), NamedSharding(AUTO, P("a", "b")))
-    q = jax.jit(FORMATS[name].quantize)(sharded)
+    q = jax.jit(FORMATS[name])(sharded)
     assert specs(q) == want(q, ("a", "b"))
     assert_close(q.materialize(), dense(name), terms=4, magnitude=4)
 
@@ -356,7 +353,7 @@ def test_quantize_under_vmap(name):
 
     @jax.jit
     def run(x: Any) -> Any:
-        q = jax.vmap(FORMATS[name].quantize)(x)
+        q = jax.vmap(FORMATS[name])(x)
         return q, q.materialize()
 
     q, values = run(x)
@@ -423,13 +420,13 @@ def test_a_shard_mapped_output_stays_packed_where_its_tiles_are_not_split(name, 
     mapped = jax.shard_map(lambda q: q * 2.0, mesh=AUTO, in_specs=P(*names), out_specs=P(*names))
     with eqq.on_materialize("ignore"):
         y = jax.jit(eqq.implicit(mapped))(split(name, AUTO, names))
-    packed_there = axis == FORMATS[name].axis and name != "Array8B"
+    packed_there = axis == packed_axis(name) and FORMATS[name].packed > 1
     assert eqq.is_implicit(y) is not packed_there
     assert_same(eqq.materialize(y), 2 * dense(name))
 
 
 def test_shard_map_outside_implicit_splits_rows_but_not_packed_axes():
-    q = quantized("Array1B ternary")
+    q = quantized("ternary")
 
     def mapped(names: Any) -> Any:
         of_leaves = jtu.tree_map(lambda leaf: P(*(names if leaf.shape[1] > 1 else names[:1])), q)
@@ -438,8 +435,10 @@ def test_shard_map_outside_implicit_splits_rows_but_not_packed_axes():
         )
         return jax.jit(materialize)(q)
 
-    assert_same(mapped(("b", None)), dense("Array1B ternary"))
-    with pytest.raises(ValueError, match="packed axis -1 .*should have 64 stored elements.*16, 16"):
+    assert_same(mapped(("b", None)), dense("ternary"))
+    with pytest.raises(
+        ValueError, match="packed axis -1 .*should have 128 stored elements.*16, 32"
+    ):
         mapped((None, "b"))
 
 
@@ -448,24 +447,24 @@ def test_shard_map_outside_implicit_splits_rows_but_not_packed_axes():
 
 @each_spec
 def test_nested_scales_stay_nested(mesh, names):
-    q = split("ArrayNF4 double", mesh, names)
+    q = split("nf4 double", mesh, names)
     nested = q.absmax
     assert isinstance(nested, NestedScale)
     assert spec(nested.codes) == names
-    assert nested.absmax.shape == (3,)  # groups of 256 scales reach over devices
+    assert nested.absmax.shape == (5,)  # groups of 256 scales reach over devices
     for leaf in (nested.absmax, nested.offset):
         assert leaf.sharding.is_fully_replicated
         assert len(leaf.sharding.device_set) == 8
     scales = jax.jit(lambda nested: nested.materialize())(nested)
     assert spec(scales) == names
-    assert_same(scales, quantized("ArrayNF4 double").absmax.materialize())
+    assert_same(scales, quantized("nf4 double").absmax.materialize())
 
 
 def test_nested_scales_that_shard_map_has_cut_raise():
-    q = quantized("ArrayNF4 double")
+    q = quantized("nf4 double")
     of_leaves = jtu.tree_unflatten(jtu.tree_structure(q), [P("b"), P("b"), P(), P()])
     mapped = jax.shard_map(
         lambda q: q.materialize(), mesh=AUTO, in_specs=(of_leaves,), out_specs=P("b")
     )
-    with pytest.raises(ValueError, match=r"shape \(4, 40\) are not in 3 groups of 256.*shard_map"):
+    with pytest.raises(ValueError, match=r"shape \(4, 80\) are not in 5 groups of 256.*shard_map"):
         mapped(q)

@@ -33,17 +33,15 @@ from eqquant.kernels import quantized_dot_general
 from eqquant.kernels.matmul import choose, fused, tpu
 from eqquant.kernels.matmul.reference import Axes, reference
 from eqquant.kernels.matmul.tpu import supports
+from eqquant.testing import LAYOUTS
 
 
 FORMATS = {
-    "nf4": eqq.ArrayNF4.quantize,
-    "nf4 double": partial(eqq.ArrayNF4.quantize, double=True),
-    "int8": eqq.Array8B.quantize,
-    "int8 in blocks": partial(eqq.Array8B.quantize, block_size=32),
-    "ternary": eqq.Array1B.quantize,
-    "binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "rsr ternary": eqq.RSROperatorTernary.quantize,
-    "nf4 by columns": lambda w, **how: eqq.column_major(eqq.ArrayNF4.quantize(w, **how)),
+    name: LAYOUTS[name]
+    for name in ("nf4", "nf4 double", "int8", "ternary", "binary", "rsr ternary")
+} | {
+    "int8 in blocks": partial(LAYOUTS["int8"], block_size=32),
+    "nf4 by columns": LAYOUTS["nf4"].column_major,
 }
 KERNEL = "tpu_custom_call"
 

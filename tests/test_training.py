@@ -10,30 +10,15 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import pytest
+from helpers import normal, small_mlp, train
 
 import eqquant as eqq
+from eqquant.testing import QUANTIZERS
 
 
-FORMATS = {
-    "int8": eqq.Array8B.quantize,
-    "int8 blocks": partial(eqq.Array8B.quantize, block_size=8),
-    "nf4": partial(eqq.ArrayNF4.quantize, block_size=8),
-    "nf4 double": partial(eqq.ArrayNF4.quantize, block_size=8, double=True),
-    "ternary": eqq.Array1B.quantize,
-    "ternary least squares": partial(eqq.Array1B.quantize, scale="least_squares"),
-    "binary": partial(eqq.Array1B.quantize, levels="binary"),
-    "rsr binary": eqq.RSROperatorBinary.quantize,
-    "rsr ternary": eqq.RSROperatorTernary.quantize,
-}
+# With blocks as small as these weights. The search compiles for seconds.
+FORMATS = {name: QUANTIZERS[name].with_blocks(8) for name in QUANTIZERS if name != "nf4 search"}
 each_format = pytest.mark.parametrize("name", FORMATS)
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def mlp():
-    return eqx.nn.MLP(16, 4, 32, 2, key=jax.random.key(0), activation=jnp.tanh)
 
 
 # --------------------------------------------------------------------------------- derivatives
@@ -42,7 +27,7 @@ def mlp():
 @each_format
 def test_derivatives_of_a_model_of_each_format(name):
     """Reverse and forward mode, and a Hessian-vector product, inside and outside of `implicit`."""
-    model, x = eqq.quantize(mlp(), FORMATS[name]), normal(16)
+    model, x = eqq.quantize(small_mlp(), FORMATS[name]), normal(16)
 
     def loss(x, model):
         return jnp.sum(jnp.sin(model(x)) ** 2)
@@ -73,27 +58,19 @@ def test_finite_differences(name):
         jax.test_util.check_grads(function, (x,), order=2, rtol=2e-2, atol=2e-2, eps=1e-2)
 
 
-@pytest.mark.parametrize("name", ["int8", "int8 blocks", "nf4", "ternary"])
+@each_format
 def test_scales_are_differentiated_when_asked_for(name):
     w, x = FORMATS[name](normal(8, 16)), normal(3, 16, seed=1)
     trained, frozen = eqx.partition(w, eqq.trainable(w, scales=True))
-    assert len(jtu.tree_leaves(trained)) == 1
+    assert jtu.tree_leaves(trained)
 
     def loss(trained, evaluate):
         return jnp.sum(jnp.sin(evaluate(lambda w: x @ w.T, eqx.combine(trained, frozen))))
 
     got = jax.grad(partial(loss, evaluate=lambda f, w: eqq.implicit(f)(w)))(trained)
     want = jax.grad(partial(loss, evaluate=lambda f, w: f(w.materialize())))(trained)
-    np.testing.assert_allclose(
-        jtu.tree_leaves(got)[0], jtu.tree_leaves(want)[0], rtol=1e-4, atol=1e-4
-    )
-
-
-WITH_BLOCKS_OF_64 = FORMATS | {
-    "int8 blocks": partial(eqq.Array8B.quantize, block_size=64),
-    "nf4": eqq.ArrayNF4.quantize,
-    "nf4 double": partial(eqq.ArrayNF4.quantize, double=True),
-}
+    for g, w in zip(jtu.tree_leaves(got), jtu.tree_leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
 
 
 # A stack of 8 layers of 256 x 256: with every dequantized weight saved, these would take 2.3 MiB.
@@ -101,7 +78,7 @@ WITH_BLOCKS_OF_64 = FORMATS | {
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_the_backward_pass_of_a_scanned_stack_holds_no_dense_weights(name, checkpoint):
     stack = jax.eval_shape(
-        jax.vmap(WITH_BLOCKS_OF_64[name]), jax.ShapeDtypeStruct((8, 256, 256), jnp.float32)
+        jax.vmap(QUANTIZERS[name]), jax.ShapeDtypeStruct((8, 256, 256), jnp.float32)
     )
 
     def loss(x, stack):
@@ -124,25 +101,15 @@ def test_the_backward_pass_of_a_scanned_stack_holds_no_dense_weights(name, check
 
 @each_format
 def test_scales_are_frozen_by_default_and_optax_works_on_the_rest(name):
-    model = eqq.quantize(mlp(), FORMATS[name])
+    model = eqq.quantize(small_mlp(), FORMATS[name])
     trained, frozen = eqx.partition(model, eqq.trainable(model))
     assert [leaf.shape for leaf in jtu.tree_leaves(trained)] == [(32,), (32,), (4,)]
-    optimizer = optax.adam(0.05)
-    state, x = optimizer.init(trained), normal(10, 16)
+    x = normal(10, 16)
 
-    @eqx.filter_jit
-    def step(trained, state):
-        def loss(trained):
-            return jnp.mean((eqq.implicit(jax.vmap(eqx.combine(trained, frozen)))(x) - 1) ** 2)
+    def loss(trained):
+        return jnp.mean((eqq.implicit(jax.vmap(eqx.combine(trained, frozen)))(x) - 1) ** 2)
 
-        value, gradient = eqx.filter_value_and_grad(loss)(trained)
-        updates, state = optimizer.update(gradient, state)
-        return eqx.apply_updates(trained, updates), state, value
-
-    losses = []
-    for _ in range(20):
-        trained, state, value = step(trained, state)
-        losses.append(float(value))
+    trained, losses = train(loss, trained, optax.adam(0.05), steps=20)
     assert losses[-1] < losses[0]
     after = eqx.combine(trained, frozen)
     for old, new in zip(model.layers, after.layers, strict=True):
@@ -192,19 +159,13 @@ def test_the_clipped_gradient_stops_beyond_the_largest_value():
 
 @each_format
 def test_a_model_converts_to_exactly_the_weights_it_was_trained_with(name):
-    model, x = mlp(), normal(16)
+    model, x = small_mlp(), normal(16)
     fake = eqq.fake_quantize(FORMATS[name])
-    optimizer = optax.sgd(0.01)
-    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
-    @eqx.filter_jit
-    def step(model, state):
-        gradient = eqx.filter_grad(lambda m: jnp.sum(eqq.quantize(m, fake)(x) ** 2))(model)
-        updates, state = optimizer.update(gradient, state)
-        return eqx.apply_updates(model, updates), state
+    def loss(model):
+        return jnp.sum(eqq.quantize(model, fake)(x) ** 2)
 
-    for _ in range(3):
-        model, state = step(model, state)
+    model, _ = train(loss, model, optax.sgd(0.01), steps=3)
     trained_with, converted = eqq.quantize(model, fake), eqq.quantize(model, FORMATS[name])
     for a, b in zip(trained_with.layers, converted.layers, strict=True):
         np.testing.assert_array_equal(a.weight, b.weight.materialize())
@@ -226,19 +187,9 @@ def test_learned_step():
 def test_a_learned_step_learns_and_converts_exactly():
     x = normal(8, 64)
     learned = eqq.LearnedStep.of(x)
-    optimizer = optax.adam(3e-3)
-    state = optimizer.init(learned)
-
-    @jax.jit
-    def step(learned, state):
-        value, gradient = jax.value_and_grad(lambda s: jnp.mean((s(x) - x) ** 2))(learned)
-        updates, state = optimizer.update(gradient, state)
-        return eqx.apply_updates(learned, updates), state, value
-
-    losses = []
-    for _ in range(100):
-        learned, state, value = step(learned, state)
-        losses.append(float(value))
+    learned, losses = train(
+        lambda learned: jnp.mean((learned(x) - x) ** 2), learned, optax.adam(3e-3), steps=100
+    )
     assert losses[-1] < losses[0] / 2
     converted = eqq.quantize({"w": x}, {"w": learned.quantize})["w"]
     np.testing.assert_array_equal(converted.materialize(), learned(x))

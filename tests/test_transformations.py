@@ -3,7 +3,6 @@ derivatives (with respect to the scales, too), its Hessian, and batched; transfo
 `implicit` and outside.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,12 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from helpers import in_turns
 from jax import lax
 from programs import jit_argument, layer, LAYERS, Program, PROGRAMS, SIZE
 
 import eqquant as eqq
+from eqquant.testing import LAYOUTS
 
 
 def _values(key: int, *shape: int) -> jax.Array:
@@ -163,33 +164,16 @@ def test_program_with_other_scales(name, how):
     assert audited(PROGRAMS[name], *quantize(how)) == PROGRAMS[name].dense
 
 
-OTHER_FORMATS = {
-    "nf4": functools.partial(eqq.ArrayNF4.quantize, block_size=2),
-    "nf4 double": functools.partial(eqq.ArrayNF4.quantize, block_size=2, double=True),
-    "ternary": eqq.Array1B.quantize,
-    "binary": functools.partial(eqq.Array1B.quantize, levels="binary"),
-    "rsr binary": eqq.RSROperatorBinary.quantize,
-    "rsr ternary": eqq.RSROperatorTernary.quantize,
-}
-
-
+OTHER_FORMATS = [name for name, each in LAYOUTS.items() if each.format is not eqq.Array8B]
 IN_OTHER_FORMATS = (
     *("while_constant", "cond_operand", "scan_xs", "scan_filter_checkpoint"),
     *("custom_jvp", "custom_vjp_weight_as_residual"),
 )
 
 
-# Formats take turns: one of each pair of the same family.
-@pytest.mark.parametrize(
-    ("name", "format"),
-    [
-        (name, [*OTHER_FORMATS][2 * pair + i % 2])
-        for i, name in enumerate(IN_OTHER_FORMATS)
-        for pair in range(3)
-    ],
-)
+@pytest.mark.parametrize(("name", "format"), in_turns(IN_OTHER_FORMATS, OTHER_FORMATS, each=3))
 def test_program_of_other_formats(name, format):
-    weights = tuple(map(OTHER_FORMATS[format], DENSE))
+    weights = tuple(map(LAYOUTS[format].with_blocks(2), DENSE))
     check(PROGRAMS[name], *weights)
     assert audited(PROGRAMS[name], *weights) == PROGRAMS[name].dense
 

@@ -7,25 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import normal
 from jax import lax
 
 import eqquant as eqq
 from eqquant.kernels.matmul.integer import rounded_rows
+from eqquant.testing import LAYOUTS
 
 
 W8A8 = partial(eqq.Array8B.quantize, activations="int8")
 FORMATS = {
-    "int8": eqq.Array8B.quantize,
-    "int8, one scale for a column": partial(eqq.Array8B.quantize, axis=0),
-    "int8 in blocks": partial(eqq.Array8B.quantize, block_size=16),
-    "ternary": eqq.Array1B.quantize,
-    "ternary, one scale for a column": partial(eqq.Array1B.quantize, axis=0),
-    "binary in blocks": partial(eqq.Array1B.quantize, levels="binary", block_size=16),
+    name: each.with_blocks(16) for name, each in LAYOUTS.items() if each.takes("activations")
+} | {
+    "int8, one scale for a column": partial(LAYOUTS["int8"], axis=0),
+    "ternary, one scale for a column": partial(LAYOUTS["ternary"], axis=0),
+    "binary in blocks": partial(LAYOUTS["binary"], block_size=16),
 }
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def rounded(x, axis=-1):

@@ -21,6 +21,7 @@ programs, strategies draw arrays, and [`check_law`][eqquant.testing.check_law] b
     ```
 """
 
+from .._registry import LAYOUTS as LAYOUTS, Quantizer as Quantizer, QUANTIZERS as QUANTIZERS
 from .checks import (
     assert_same as assert_same,
     check_dense_answer as check_dense_answer,

@@ -1,7 +1,8 @@
 """What it means that a law holds: for one format, in one mode."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, get_args, Literal
 
@@ -44,7 +45,9 @@ def check_law(
     **Returns:** how many of the programs made nothing dense, as far as the mode can tell: a law that
     never keeps an array packed tests no rule.
 
-    **Raises:** `AssertionError` where a program disagrees with itself on the materialized array.
+    **Raises:** `AssertionError` where a program disagrees with itself on the materialized array: it says
+    which element of which result is off, and how far. A note to it, or to whatever a program raises, names
+    law, mode, array and program.
     """
     law = LAWS[law] if isinstance(law, str) else law
     check = {"eager": _eager, "jit": _jit, "vmap": _vmap, "grad": _grad}[mode]
@@ -57,7 +60,7 @@ def check_law(
         program = Program.drawn(
             data.draw, law, strategy, [jnp.float32] if mode == "grad" else DTYPES
         )
-        with recording() as records:
+        with program.named_in_errors(mode), recording() as records:
             check(program)
         kept_packed += not any(record.densified for record in records)
 
@@ -80,13 +83,13 @@ def check_dense_answer(
     def holds(data: st.DataObject) -> None:
         x = data.draw(strategy((4, 6), jnp.float32))
         run = DENSE_PROGRAMS[primitive]
-        with recording() as records:
-            got = materialize(implicit(run)(x))
-        want = run(x.materialize())
-        for g, w in zip(*map(jtu.tree_leaves, (got, want)), strict=True):
-            assert (g.shape, g.dtype) == (w.shape, w.dtype)
-            assert_same(g, w)
-        assert any(record.densified for record in records)
+        with _named_in_errors(f"dense answer: {primitive}", run, x):
+            with recording() as records:
+                got = materialize(implicit(run)(x))
+            want = run(x.materialize())
+            for g, (where, w) in zip(jtu.tree_leaves(got), _results(want), strict=True):
+                _assert_close(g, w, 0, where)
+            assert any(record.densified for record in records), "no audit line says `dense`"
 
     holds()
 
@@ -108,8 +111,50 @@ def _given(max_examples: int | None) -> Callable[[Callable[..., None]], Callable
 
 def assert_same(got: Any, want: Any) -> None:
     """Equal bit for bit, any NaN for any NaN."""
+    _assert_close(got, want, 0, "result")
+
+
+def _assert_close(got: Any, want: Any, bound: Any, where: str) -> None:
+    """Asserts that every element differs by `bound` at most, or is NaN where NaN is wanted. Where `bound`
+    is NaN, any number will do."""
+    assert (got.shape, got.dtype) == (want.shape, want.dtype), (
+        f"{where}: got {got.dtype}{list(got.shape)}, want {want.dtype}{list(want.shape)}"
+    )
     wide = np.complex128 if jnp.issubdtype(want.dtype, jnp.complexfloating) else np.float64
-    np.testing.assert_array_equal(np.asarray(got).astype(wide), np.asarray(want).astype(wide))
+    g, w = (np.asarray(a).astype(wide) for a in (got, want))
+    with np.errstate(invalid="ignore"):
+        error, bound = np.abs(g - w), np.broadcast_to(bound, w.shape)
+        same = (g == w) | (np.isnan(g) & np.isnan(w)) | np.isnan(bound)
+        off = ~(same | (error <= bound))
+    if off.any():
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.nan_to_num(error / bound, nan=np.inf)
+        at = np.unravel_index(np.argmax(np.where(off, ratio, -1)), w.shape)
+        raise AssertionError(
+            f"{where}, {want.dtype}{list(want.shape)}: {off.sum()} of {off.size} elements are off. "
+            f"The worst, {list(map(int, at))}: got {g[at]:.9g}, want {w[at]:.9g}, "
+            + (f"to {bound[at]:.3g}." if bound[at] else "bit for bit.")
+        )
+
+
+def _results(tree: Any) -> list[tuple[str, Any]]:
+    """The arrays of a result, with what they are called."""
+    return [(f"result{jtu.keystr(path)}", leaf) for path, leaf in jtu.tree_leaves_with_path(tree)]
+
+
+@contextlib.contextmanager
+def _named_in_errors(what: str, run: Callable[..., Any], x: Any, *others: Any) -> Iterator[None]:
+    """Adds to every error what is checked: `what`, the array, and the program as a jaxpr."""
+    try:
+        yield
+    except Exception as error:
+        logical = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        try:
+            program = str(jax.make_jaxpr(run)(logical, *others))
+        except Exception as untraced:  # what is wrong may be the program itself
+            program = f"which JAX cannot trace: {untraced}"
+        error.add_note(f"{what}\narray: {type(x).__name__}, {x!r}\nprogram: {program}")
+        raise
 
 
 @dataclasses.dataclass
@@ -130,24 +175,32 @@ class Program:
         run, others = made if isinstance(made, tuple) else (made, ())
         return Program(law, run, x, tuple(others))
 
-    def check(self, got: Any, want: Any, dense: Any) -> None:
-        """Asserts that `got` is what the program has to give on the array `dense`."""
+    def named_in_errors(self, mode: str) -> contextlib.AbstractContextManager[None]:
+        """Adds law, mode, array and program to whatever is raised inside."""
+        primitives = ", ".join(self.law.primitives)
+        what = f"law: {self.law.name} ({primitives})\nmode: {mode}"
+        return _named_in_errors(what, self.run, self.x, *self.others)
+
+    def check(self, got: Any, want: Any, dense: Any, where: str = "") -> None:
+        """Asserts that `got`, found as `where` says, is what the program has to give on the array `dense`."""
         got = materialize(got)
-        assert jtu.tree_structure(got) == jtu.tree_structure(want)
+        found, wanted = jtu.tree_structure(got), jtu.tree_structure(want)
+        assert found == wanted, f"{where}results: got {found}, want {wanted}"
         magnitude = (
             self.run(jnp.abs(dense), *map(jnp.abs, self.others)) if not self.law.exact else want
         )
-        for g, w, m in zip(*map(jtu.tree_leaves, (got, want, magnitude)), strict=True):
-            assert (g.shape, g.dtype) == (w.shape, w.dtype)
-            if self.law.exact or not jnp.issubdtype(w.dtype, jnp.inexact):
-                assert_same(g, w)
-                continue
-            # Each of the summed terms may be rounded: terms x epsilon x sum of magnitudes.
-            eps = max(float(jnp.finfo(d).eps) for d in (self.x.dtype, w.dtype))
-            g64, w64, m64 = (np.asarray(a).astype(np.float64) for a in (g, w, m))
-            fits = np.isfinite(m64) & np.isfinite(w64)  # where nothing overflows on the way
-            bound = (self.law.terms(self.x) + 2) * eps * np.abs(m64) + jnp.finfo(w.dtype).tiny
-            assert (np.abs(g64[fits] - w64[fits]) <= bound[fits]).all(), (g, w)
+        for g, (name, w), m in zip(
+            jtu.tree_leaves(got), _results(want), jtu.tree_leaves(magnitude), strict=True
+        ):
+            bound = 0.0
+            if not self.law.exact and jnp.issubdtype(w.dtype, jnp.inexact):
+                # Each of the summed terms may be rounded: terms x epsilon x sum of magnitudes.
+                eps = max(float(jnp.finfo(d).eps) for d in (self.x.dtype, w.dtype))
+                w64, m64 = (np.asarray(a).astype(np.float64) for a in (w, m))
+                bound = (self.law.terms(self.x) + 2) * eps * np.abs(m64) + jnp.finfo(w.dtype).tiny
+                fits = np.isfinite(m64) & np.isfinite(w64)  # where nothing overflows on the way
+                bound = np.where(fits, bound, np.nan)
+            _assert_close(g, w, bound, where + name)
 
 
 # ---------------------------------------------------------------------------------------- modes
@@ -187,9 +240,11 @@ def _vmap(program: Program) -> None:
         if _can_be_mapped(one_dense, dense):
             raise
         return  # made dense, and of that JAX itself has no vmap
+    found = {"vmap": mapped, "scan": scanned, "map inside implicit": materialize(inside)}
     for i in range(2):
-        for got in (mapped, scanned, materialize(inside)):
-            program.check(jtu.tree_map(lambda leaf: leaf[i], got), want[i], dense[i])  # noqa: B023
+        for name, got in found.items():
+            where = f"{name}, array {i} of the stack, "
+            program.check(jtu.tree_map(lambda leaf: leaf[i], got), want[i], dense[i], where)  # noqa: B023
 
 
 def _can_be_mapped(function: Callable[..., Any], stacked: Any) -> bool:
@@ -202,8 +257,11 @@ def _can_be_mapped(function: Callable[..., Any], stacked: Any) -> bool:
 
 def _grad(program: Program) -> None:
     """Derivatives with respect to the float leaves and the other operands."""
-    leaves, treedef = jtu.tree_flatten(program.x)
+    paths, treedef = jtu.tree_flatten_with_path(program.x)
+    leaves = [leaf for _, leaf in paths]
     values = [*leaves, *program.others]
+    names = [jtu.keystr(path, simple=True, separator=".") for path, _ in paths]
+    names += [f"operand {i}" for i in range(1, len(program.others) + 1)]
     moving = [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.floating)]
 
     def loss(evaluate: Any, *moved: Any) -> Any:
@@ -241,11 +299,11 @@ def _grad(program: Program) -> None:
         )
         + 1
     )
-    for g, w in zip(got, want, strict=True):
+    for i, g, w in zip(moving, got, want, strict=True):
         largest = max(float(jnp.max(jnp.abs(w))), size)
         bound = (4 * dense.size + 8) * float(jnp.finfo(jnp.float32).eps) * largest * size
-        assert g.shape == w.shape
-        np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=1e-4, atol=bound)
+        bound = bound + 1e-4 * np.abs(np.asarray(w, np.float64))
+        _assert_close(g, w, bound, f"derivative with respect to {names[i]}")
     if program.law.multilinear:
         _finite_differences(packed_loss, arguments, got)
 
@@ -261,9 +319,7 @@ def _finite_differences(loss: Any, arguments: Sequence[Array], gradient: Sequenc
     ]
     terms = [g * d for g, d in zip(gradient, directions, strict=True)]
     magnitude = sum(map(abs, values)) + sum(jnp.sum(jnp.abs(term)) for term in terms)
-    np.testing.assert_allclose(
-        float(sum(values)) / 3,
-        float(sum(map(jnp.sum, terms))),
-        rtol=0,
-        atol=1e-4 * float(magnitude),
-    )
+    by_differences = np.float64(sum(values)) / 3
+    along = np.float64(sum(map(jnp.sum, terms)))
+    where = "derivative along one direction, next to finite differences"
+    _assert_close(along, by_differences, 1e-4 * float(magnitude), where)

@@ -1,0 +1,88 @@
+"""What many tests share: inputs, a loop of training, sentences of errors, cases that take turns."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import equinox as eqx
+import hypothesis
+import jax
+import jax.numpy as jnp
+import pytest
+
+from eqquant import _compat, _dispatch, testing
+
+
+# The others take turns: each program takes its time to compile.
+STRATEGIES = {"Array8B": testing.FORMATS["Array8B"], "any format": testing.arrays}
+
+
+def examples(share: float) -> hypothesis.settings:
+    """So many of the examples of the profile."""
+    base = hypothesis.settings()
+    return hypothesis.settings(base, max_examples=max(4, int(base.max_examples * share)))
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def small_mlp() -> eqx.nn.MLP:
+    """From 16 to 4, by two hidden layers of 32."""
+    return eqx.nn.MLP(16, 4, 32, 2, key=jax.random.key(0), activation=jnp.tanh)
+
+
+def assert_raises(make: Callable[[], Any], error: type[Exception], words: Iterable[str]) -> None:
+    """That it raises such an error, whose sentence holds these words."""
+    with pytest.raises(error) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def train(
+    loss: Callable[[Any], Any], trained: Any, optimizer: Any, steps: int
+) -> tuple[Any, list[float]]:
+    """Gradient descent: what was learned, and the loss before each step."""
+    state = optimizer.init(eqx.filter(trained, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(trained: Any, state: Any) -> Any:
+        value, gradient = eqx.filter_value_and_grad(loss)(trained)
+        updates, state = optimizer.update(gradient, state)
+        return eqx.apply_updates(trained, updates), state, value
+
+    losses = []
+    for _ in range(steps):
+        trained, state, value = step(trained, state)
+        losses.append(float(value))
+    return trained, losses
+
+
+def in_turns(cases: Iterable[Any], others: Sequence[Any], each: int) -> list[tuple[Any, Any]]:
+    """Each case with so many of the others, and each of these about equally often: where all pairs would take
+    too long."""
+    return [
+        (case, others[(i * each + j) % len(others)])
+        for i, case in enumerate(cases)
+        for j in range(min(each, len(others)))
+    ]
+
+
+@contextlib.contextmanager
+def own_table() -> Iterator[None]:
+    """Rules and laws that are added inside are forgotten after it."""
+    resolvers, before = _dispatch._resolvers, dict(_dispatch._resolvers)
+    laws = dict(testing.LAWS)
+    for primitive, resolver in before.items():
+        resolvers[primitive] = _compat.Resolver(primitive.name)
+        for method in resolver.methods:
+            resolvers[primitive].register(method)
+    try:
+        yield
+    finally:
+        resolvers.clear()
+        resolvers.update(before)
+        _dispatch._resolved.clear()
+        testing.LAWS.clear()
+        testing.LAWS.update(laws)
