@@ -214,6 +214,7 @@ _kernels: contextvars.ContextVar[list[str]] = contextvars.ContextVar("kernels")
 _implementation: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "implementation", default=None
 )
+_activations: contextvars.ContextVar[Any] = contextvars.ContextVar("activations", default=None)
 _seen_lines: dict[Any, Any] = {}
 
 
@@ -325,13 +326,16 @@ def note_kernel(choose: Callable[[str], str]) -> None:
 
 
 @contextlib.contextmanager
-def preferring(implementation: str | None) -> Iterator[None]:
-    """Products that are traced inside go by this implementation where it serves; None changes nothing."""
+def preferring(implementation: str | None, activations: Any = None) -> Iterator[None]:
+    """Products that are traced inside go by this implementation where it serves, and round their activations so;
+    None changes nothing."""
     token = _implementation.set(implementation or _implementation.get())
+    other = _activations.set(_activations.get() if activations is None else activations)
     try:
         yield
     finally:
         _implementation.reset(token)
+        _activations.reset(other)
 
 
 def preferred_implementation() -> str | None:
@@ -339,9 +343,15 @@ def preferred_implementation() -> str | None:
     return _implementation.get()
 
 
+def preferred_activations() -> Any:
+    """Likewise."""
+    return _activations.get()
+
+
 def tracing_state() -> tuple[Any, ...]:
     """What tracing depends on besides its arguments: a key for caches of traced functions."""
-    return materialize_mode(), _recording_number.get(), _table_version, _implementation.get()
+    preferences = _implementation.get(), _activations.get()
+    return materialize_mode(), _recording_number.get(), _table_version, preferences
 
 
 def dense_nbytes(x: Any) -> int:

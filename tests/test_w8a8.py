@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import eqquant as eqq
-from eqquant.kernels.matmul.integer import rounded_rows
+from eqquant.kernels.activations import rounded_rows
 
 
 W8A8 = partial(eqq.Array8B.quantize, activations="int8")

@@ -9,33 +9,32 @@ import jax.tree_util as jtu
 from jax import Array
 
 from ...._array import AbstractScaledArray
-from ....tiles import Leaf, spread
-from ..matrices import by_matrices, holds_for_matrices
-from ..reference import Axes
+from ....tiles import Leaf, Packing, spread
+from ..as_matrices import by_matrices, holds_for_matrices
+from ..product import has_sixteen_levels, Product, Target
 from .blocks import Blocks, blocks_for, Case, MAX_ROWS, splits_for
 
 
-# Of float32 the kernel multiplies without tensor cores. XLA makes the weight dense, which costs more than the
-# product up to some number of rows: neither number was measured on a device. The first is where the
-# arithmetic of the dense product takes as long as reading a bfloat16 weight.
+# XLA makes the weight dense, which costs more than the product up to some number of rows. Not measured on a device: the
+# first is where the dense product takes as long as reading a bfloat16 weight; in float32 there are no tensor cores.
 MAX_ROWS_IN_16_BITS = 256
 MAX_ROWS_IN_32_BITS = 16
 MIN_SIZE = 1 << 20
 
 
-def supports(x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
-    """Whether `gpu` computes this product: with matrices that decode number by number."""
-    floats = (jnp.bfloat16, jnp.float16, jnp.float32)
+def supports(product: Product) -> bool:
+    """Whether `compute` does: products with matrices that decode number by number."""
+    x, w, floats = product.x, product.w, (jnp.bfloat16, jnp.float16, jnp.float32)
     return (
-        jnp.dtype(accumulate) == jnp.float32
+        jnp.dtype(product.accumulate) == jnp.float32
         and x.dtype in floats
         and w.dtype in floats
         and max(x.size, w.size) < 2**31
-        and holds_for_matrices(lambda x, w, axis: _decodes(w), x, w, axes)
+        and holds_for_matrices(lambda x, w, axis: _decodes(w), product)
     )
 
 
-def pays(x: Any, w: AbstractScaledArray, axes: Axes) -> bool:
+def pays(product: Product) -> bool:
     """Whether XLA makes the weight dense, and there are few enough rows for that to matter."""
 
     def needs_a_kernel(x: Any, w: AbstractScaledArray, axis: int) -> bool:
@@ -44,32 +43,25 @@ def pays(x: Any, w: AbstractScaledArray, axes: Axes) -> bool:
         most = MAX_ROWS_IN_32_BITS if _dtype(x, w) == jnp.float32 else MAX_ROWS_IN_16_BITS
         return not left_to_xla and len(x) <= most
 
-    return w.size >= MIN_SIZE and holds_for_matrices(needs_a_kernel, x, w, axes)
+    return product.w.size >= MIN_SIZE and holds_for_matrices(needs_a_kernel, product)
 
 
-def gpu(
-    x: Array,
-    w: AbstractScaledArray,
-    *,
-    axes: Axes,
-    precision: Any,
-    accumulate: Any,
-    device: str | None = None,
-    blocks: Blocks | None = None,
-    interpret: bool = False,
+def compute(
+    product: Product, target: Target, *, blocks: Blocks | None = None, interpret: bool = False
 ) -> Array:
     """As `reference`, where `supports` says so. Reads the stored numbers, and nothing as large as the dense
     weight is written.
 
     What is multiplied is rounded as the dense product would be, to the common dtype of `x` and `w`; float32
-    is not rounded, whatever the `precision`. `device` and `blocks` say how it is cut; `interpret` runs it anywhere.
+    is not rounded, whatever the `precision`. `blocks` says how it is cut, which depends on the device by default;
+    `interpret` runs it anywhere.
     """
 
     def of_matrix(x: Array, matrix: AbstractScaledArray, axis: int) -> Array:
-        copies = w.size // matrix.size
-        return _of_matrix(x, matrix, axis, copies, device, blocks, interpret)
+        copies = product.w.size // matrix.size
+        return _of_matrix(x, matrix, axis, copies, target.device, blocks, interpret)
 
-    return by_matrices(of_matrix, x, w, axes)
+    return by_matrices(of_matrix, product.x, product.w, product.axes)
 
 
 def _of_matrix(
@@ -149,16 +141,21 @@ def _leaves_the_sum(scale: Leaf, axis: int) -> bool:
 def _decodes(w: AbstractScaledArray) -> bool:
     """Whether the kernel can decode a block of the stored numbers as the format says."""
     payload = [leaf.array for leaf in w.leaves().values() if leaf.ordered]
-    if w.packing is not None and w.packing.elements > 16:
+    if w.packing is not None and (w.packing.elements > 16 or _has_slack(w.packing)):
         return False
     if any(leaf.dtype not in (jnp.int8, jnp.uint8, jnp.uint16) for leaf in payload):
         return False
-    if w.codebook is not None:
+    if has_sixteen_levels(w):
         return True
     if w.packing is not None and type(w).plane is AbstractScaledArray.plane:
         return False  # it decodes all elements together
     leaves, treedef = jtu.tree_flatten(w)
     return _is_elementwise(treedef, tuple(leaf.dtype for leaf in leaves))
+
+
+def _has_slack(packing: Packing) -> bool:
+    """Whether there are places for elements that none takes."""
+    return packing.tile.size % packing.tile.stored != 0
 
 
 # What Triton computes number by number.

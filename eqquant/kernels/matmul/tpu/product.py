@@ -8,8 +8,8 @@ from jax import Array
 
 from ...._array import AbstractScaledArray
 from ....tiles import Leaf, spread
-from ..matrices import by_matrices, holds_for_matrices
-from ..reference import Axes
+from ..as_matrices import by_matrices, holds_for_matrices
+from ..product import has_sixteen_levels, high_half_first, Product, Target
 
 
 # With more rows, all weights are decoded again for each further block of rows.
@@ -17,23 +17,25 @@ MAX_ROWS = 256
 MIN_SIZE = 1 << 20
 
 
-def supports(x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
-    """Whether `tpu` computes this product: with matrices of sixteen levels, along the axis that they are packed
-    along, where scales change from one register to the next, but not within one."""
-    floats = (jnp.bfloat16, jnp.float32)
+def supports(product: Product) -> bool:
+    """Whether `compute` does: products with matrices of sixteen levels, along the axis that they are packed along,
+    where scales change from one register to the next, but not within one."""
+    x, w, floats = product.x, product.w, (jnp.bfloat16, jnp.float32)
     return (
-        jnp.dtype(accumulate) == jnp.float32
+        jnp.dtype(product.accumulate) == jnp.float32
         and x.dtype in floats
         and w.dtype in floats
         and max(x.size, w.size) < 2**31
-        and holds_for_matrices(_looks_up, x, w, axes)
+        and holds_for_matrices(_looks_up, product)
     )
 
 
 def _looks_up(x: Any, w: AbstractScaledArray, axis: int) -> bool:
     """Whether whole registers of codes share a scale, output by output."""
-    if w.codebook is None or w.packing is None or w.packing.axis % 2 != axis:
+    if w.packing is None or w.packing.axis % 2 != axis or not has_sixteen_levels(w):
         return False
+    if w.packing.tile.size % w.packing.tile.stored:
+        return False  # there are places for elements that none takes
     bytes_per_scale = _bytes_per_scale(w)
     bytes_per_register = 8 if w.packing.axis == -1 else 32
     return _is_power_of_2(w.packing.tile.stored, bytes_per_register) and (
@@ -41,31 +43,23 @@ def _looks_up(x: Any, w: AbstractScaledArray, axis: int) -> bool:
     )
 
 
-def pays(x: Any, w: AbstractScaledArray, axes: Axes) -> bool:
+def pays(product: Product) -> bool:
     """Whether the weight is large, and each one is decoded once."""
 
     def has_few_rows(x: Any, w: AbstractScaledArray, axis: int) -> bool:
         return len(x) <= MAX_ROWS
 
-    return w.size >= MIN_SIZE and holds_for_matrices(has_few_rows, x, w, axes)
+    return product.w.size >= MIN_SIZE and holds_for_matrices(has_few_rows, product)
 
 
-def tpu(
-    x: Array,
-    w: AbstractScaledArray,
-    *,
-    axes: Axes,
-    precision: Any,
-    accumulate: Any,
-    interpret: Any = False,
-) -> Array:
+def compute(product: Product, target: Target, *, interpret: Any = False) -> Array:
     """As `reference`, where `supports` says so. Reads the stored bytes, and nothing as large as the dense
     weight is written.
 
     What is multiplied is rounded as the dense product would be, to the common dtype of `x` and `w`; float32
     is not rounded, whatever the `precision`. `interpret` runs it anywhere: True, or Pallas's `InterpretParams`.
     """
-    return by_matrices(partial(_of_matrix, interpret=interpret), x, w, axes)
+    return by_matrices(partial(_of_matrix, interpret=interpret), product.x, product.w, product.axes)
 
 
 def _of_matrix(rows: Array, w: AbstractScaledArray, axis: int, *, interpret: Any) -> Array:
@@ -89,6 +83,7 @@ def _of_matrix(rows: Array, w: AbstractScaledArray, axis: int, *, interpret: Any
         w.payload_leaf.array,
         scales,
         levels,
+        high_first=high_half_first(w),
         bytes_per_tile=packing.tile.stored,
         bytes_per_scale=_bytes_per_scale(w),
         sum_last=axis == 1,

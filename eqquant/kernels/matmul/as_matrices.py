@@ -12,28 +12,29 @@ from jax import Array, lax
 
 from ..._array import AbstractScaledArray
 from ...tiles import reshape, Unaligned
-from .reference import Axes
+from .axes import Axes
+from .product import Product
 
 
 def by_matrices(
-    product: Callable[[Array, AbstractScaledArray, int], Array],
+    of_matrix: Callable[[Array, AbstractScaledArray, int], Array],
     x: Array,
     w: AbstractScaledArray,
     axes: Axes,
 ) -> Array:
-    """A product with axes as `reference` has them, by `product(x, w, axis)` of a matrix (rows, inputs) and a
+    """The product of `x` and `w` along these axes, by `of_matrix(x, w, axis)` of a matrix (rows, inputs) and a
     quantized one, summed over that axis of it: a matrix (rows, outputs).
 
-    Neighbouring axes of `w` of the same kind become one; over the others `product` is mapped.
+    Neighbouring axes of `w` of the same kind become one; over the others `of_matrix` is mapped.
 
     **Raises:** `Unaligned` if `w` cannot be seen as a matrix or a stack of them.
     """
     if axes.w_batch:
-        return _mapped(product, x, w, axes, axes.x_batch[0], axes.w_batch[0], out=0)
+        return _mapped(of_matrix, x, w, axes, axes.x_batch[0], axes.w_batch[0], out=0)
     is_summed = [axis in axes.w_contract for axis in range(w.ndim)]
     kinds = [kind for kind, _ in itertools.groupby(is_summed)]
     if kinds == [False, True, False]:
-        return _mapped(product, x, w, axes, None, 0, out=len(axes.x_free(x.ndim)))
+        return _mapped(of_matrix, x, w, axes, None, 0, out=len(axes.x_free(x.ndim)))
     if sorted(kinds) != [False, True]:
         raise Unaligned
     inputs = [i for _, i in sorted(zip(axes.w_contract, axes.x_contract, strict=True))]
@@ -45,11 +46,11 @@ def by_matrices(
     if w.ndim > 2:
         matrix = sizes if kinds[1] else sizes[::-1]
         w = w.with_leaves({name: reshape(leaf, matrix) for name, leaf in w.leaves().items()})
-    return product(x.reshape(-1, sizes[1]), w, int(kinds[1])).reshape(*batch, *outputs)
+    return of_matrix(x.reshape(-1, sizes[1]), w, int(kinds[1])).reshape(*batch, *outputs)
 
 
 def _mapped(
-    product: Any, x: Array, w: AbstractScaledArray, axes: Axes, x_axis: Any, axis: int, out: int
+    of_matrix: Any, x: Array, w: AbstractScaledArray, axes: Axes, x_axis: Any, axis: int, out: int
 ) -> Array:
     """`by_matrices` for each entry of `axis` of `w`, and of `x_axis` of `x` unless that is None."""
     w = w.unnested()
@@ -67,29 +68,28 @@ def _mapped(
     rest = axes.without(x_axis, axis)
 
     def each(x: Array, *leaves: Array) -> Array:
-        return by_matrices(product, x, jtu.tree_unflatten(treedef, leaves), rest)
+        return by_matrices(of_matrix, x, jtu.tree_unflatten(treedef, leaves), rest)
 
     in_axes = (x_axis, *(None if one else axis for one in shared))
     return jax.vmap(each, in_axes, out)(x, *leaves)
 
 
 def holds_for_matrices(
-    condition: Callable[[Any, AbstractScaledArray, int], bool],
-    x: Any,
-    w: AbstractScaledArray,
-    axes: Axes,
+    condition: Callable[[Any, AbstractScaledArray, int], bool], product: Product
 ) -> bool:
-    """Whether `by_matrices` computes this product, and the condition holds for what its `product` is given."""
-    if x.size == 0 or w.size == 0:
+    """Whether `by_matrices` computes this product, and the condition holds for what it gives to `of_matrix`."""
+    if product.x.size == 0 or product.w.size == 0:
         return False
     found: list[bool] = []
 
-    def product(x: Array, w: AbstractScaledArray, axis: int) -> Array:
+    def of_matrix(x: Array, w: AbstractScaledArray, axis: int) -> Array:
         found.append(condition(x, w, axis))
         return jnp.zeros((len(x), w.shape[1 - axis]))
 
     try:
-        jax.eval_shape(lambda x, w: by_matrices(product, x, w, axes), x, w)
+        jax.eval_shape(
+            lambda x, w: by_matrices(of_matrix, x, w, product.axes), product.x, product.w
+        )
     except Unaligned:
         return False
     return all(found)
