@@ -1,7 +1,7 @@
 """The product `quantized_dot_general`, and its primitive."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def quantized_dot_general(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
     implementation: str | None = None,
-    activations: Literal["float", "int8"] | Int8Blocks | None = None,
+    activations: str | Int8Blocks | None = None,
 ) -> Array:
     """`lax.dot_general(x, w.materialize(), ...)` without the dense weight.
 
