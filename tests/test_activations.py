@@ -153,7 +153,9 @@ def test_models_and_other_contractions():
 def test_what_is_refused():
     x, w = normal(3, 4), eqq.Array8B.quantize(normal(3, 4))
     run = partial(quantized_dot_general, x, w, LAST)
-    with pytest.raises(ValueError, match=r"'float', 'int8' or Int8Blocks\(size\); it is 'int4'"):
+    with pytest.raises(
+        ValueError, match=r"'float', 'int8' or Int8Blocks\(size\) of a positive size; it is 'int4'"
+    ):
         run(activations="int4")
     with pytest.raises(ValueError, match="it is 'fp8'"):
         eqq.implicit(lambda x, w: x @ w.T, activations="fp8")(x, w)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from .._array import AbstractScaledArray
 from .matmul.axes import Axes
@@ -21,39 +21,25 @@ class Int8Blocks(NamedTuple):
 
 def rounded(x: Array, w: AbstractScaledArray, axes: Axes, activations: Any) -> tuple[Array, int]:
     """`x` as it is multiplied with `w`, and how many 8-bit digits say all of it (see `Product`)."""
-    check_activations(activations)
+    in_blocks = isinstance(activations, Int8Blocks)
+    if activations not in ("float", "int8") and not (in_blocks and activations.size > 0):
+        raise ValueError(
+            f"activations must be 'float', 'int8' or Int8Blocks(size) of a positive size; it is {activations!r}."
+        )
     if activations == "float" or not w.integers:
         return x, DIGITS
-    if activations == "int8":
+    if not in_blocks:
         return rounded_rows(x, axes.x_contract), 1
     if len(axes.x_contract) != 1:
         raise ValueError(
             f"activations={activations!r} takes sums along a single axis; this one is along the axes "
             f"{axes.x_contract} of the activations, of shape {x.shape}. Leave them to activations='int8'."
         )
-    return rounded_blocks(x, axes.x_contract[0], activations.size), DIGITS
-
-
-def check_activations(activations: Any) -> None:
-    """Raises `ValueError` unless products can be asked for these."""
-    if isinstance(activations, Int8Blocks):
-        if not (isinstance(activations.size, int) and activations.size > 0):
-            raise ValueError(
-                f"The size of blocks must be a positive integer; it is {activations!r}."
-            )
-    elif activations not in ("float", "int8"):
-        raise ValueError(
-            f"activations must be 'float', 'int8' or Int8Blocks(size); it is {activations!r}."
-        )
-
-
-def rounded_blocks(x: Array, axis: int, size: int) -> Array:
-    """As `rounded_rows` along `axis`, for every `size` numbers by themselves."""
-    length = x.shape[axis]
-    before, after = x.shape[:axis], x.shape[axis + 1 :]
-    x = jnp.pad(x, [(0, -length % size * (i == axis)) for i in range(x.ndim)])
-    blocks = rounded_rows(x.reshape(*before, -(-length // size), size, *after), (axis + 1,))
-    return jax.lax.slice_in_dim(blocks.reshape(x.shape), 0, length, axis=axis)
+    (axis,), size = axes.x_contract, activations.size
+    before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    padded = jnp.pad(x, [(0, -length % size * (i == axis)) for i in range(x.ndim)])
+    blocks = rounded_rows(padded.reshape(*before, -(-length // size), size, *after), (axis + 1,))
+    return lax.slice_in_dim(blocks.reshape(padded.shape), 0, length, axis=axis), DIGITS
 
 
 def rounded_rows(x: Array, axes: Sequence[int]) -> Array:

@@ -1,7 +1,7 @@
 """The product `quantized_dot_general`, and its primitive."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from ..tiles import Leaf, spread
 from .activations import Int8Blocks, rounded
 from .linear import bind, linear_primitive
 from .matmul.axes import Axes
-from .matmul.choice import check_name, check_product, check_target, choose, IMPLEMENTATIONS
+from .matmul.choice import check, check_name, choose, IMPLEMENTATIONS
 from .matmul.product import DIGITS, Product, Target
 from .matmul.reference import dense
 
@@ -65,16 +65,16 @@ def quantized_dot_general(
         assert y.shape == (2, 3)
         ```
     """
-    axes = Axes.of(dimension_numbers)
     if preferred_element_type is None:
         preferred_element_type = jnp.promote_types(x.dtype, w.dtype)
-    out_dtype = jnp.dtype(preferred_element_type)
-    preferred, implementation = map(check_name, (preferred_implementation(), implementation))
+    axes, dtype = Axes.of(dimension_numbers), jnp.dtype(preferred_element_type)
     asked = (activations, preferred_activations(), w.activations)
     x, digits = rounded(x, w, axes, next(one for one in asked if one is not None))
-    product = _product(x, w, axes, precision, out_dtype, digits)
+    preferred, implementation = map(check_name, (preferred_implementation(), implementation))
+    call = Call(axes, precision, dtype, digits, implementation, preferred)
+    product = call.of(x, w)
     if implementation is not None:
-        check_product(implementation, product)
+        check(implementation, product)
     if _compat.has_explicit_axes(x, *jtu.tree_leaves(w)):
         if implementation is not None:
             raise ValueError(
@@ -82,52 +82,39 @@ def quantized_dot_general(
                 "own product is used; leave it out."
             )
         # Shardings are part of the types here: let JAX's own dot check and propagate them.
-        run = partial(_explicit, axes=axes, precision=precision, out_dtype=out_dtype)
-        return jax.checkpoint(partial(run, out_sharding=out_sharding))(x, w)
+        return jax.checkpoint(partial(_explicit, call, out_sharding))(x, w)
     note_kernel(lambda platform: implementation or choose(product, Target(platform), preferred))
-    return bind(
-        quantized_dot_general_p,
-        x,
-        w,
-        axes=axes,
-        precision=precision,
-        out_dtype=out_dtype,
-        digits=digits,
-        implementation=implementation,
-        preferred=preferred,
-    )
+    return bind(quantized_dot_general_p, x, w, **call._asdict())
 
 
-def _product(
-    x: Any, w: AbstractScaledArray, axes: Axes, precision: Any, out_dtype: Any, digits: int
-) -> Product:
-    double = jnp.float64 in (x.dtype, w.dtype, out_dtype)
-    accumulate = jnp.dtype(jnp.float64 if double else jnp.float32)
-    return Product(x, w, axes, precision, accumulate, digits)
+class Call(NamedTuple):
+    """The parameters of a product."""
+
+    axes: Axes
+    precision: Any
+    out_dtype: Any
+    digits: int
+    implementation: str | None
+    preferred: str | None
+
+    def of(self, x: Any, w: AbstractScaledArray) -> Product:
+        """The product of these operands."""
+        double = jnp.float64 in (x.dtype, w.dtype, self.out_dtype)
+        accumulate = jnp.dtype(jnp.float64 if double else jnp.float32)
+        return Product(x, w, self.axes, self.precision, accumulate, self.digits)
 
 
-def _compute(
-    x: Array,
-    w: AbstractScaledArray,
-    target: Target,
-    *,
-    axes: Axes,
-    precision: Any,
-    out_dtype: Any,
-    digits: int,
-    implementation: str | None,
-    preferred: str | None,
-) -> Array:
-    product = _product(x, w, axes, precision, out_dtype, digits)
-    if implementation is not None:
-        check_product(implementation, product)  # vmap may have added axes
-        check_target(implementation, target)
-    name = implementation or choose(product, target, preferred)
+def _compute(x: Array, w: AbstractScaledArray, target: Target, **params: Any) -> Array:
+    call = Call(**params)
+    product, name = call.of(x, w), call.implementation
+    if name is not None:
+        check(name, product, target)  # vmap may have added axes
+    name = name or choose(product, target, call.preferred)
     with jax.named_scope(f"quantized_dot_general_{name}"):
         y = IMPLEMENTATIONS[name].run(product, target)
         if w.offset_leaf is not None:
             y = y + _product_with_offset(product, w.offset_leaf)
-        return y.astype(out_dtype)
+        return y.astype(call.out_dtype)
 
 
 def _product_with_offset(product: Product, offset: Leaf) -> Array:
@@ -149,22 +136,14 @@ def _compute_differentiably(x: Array, w: AbstractScaledArray, **params: Any) -> 
     return _compute(x, w, Target(), **options)
 
 
-def _explicit(
-    x: Array,
-    w: AbstractScaledArray,
-    *,
-    axes: Axes,
-    precision: Any,
-    out_dtype: Any,
-    out_sharding: Any,
-) -> Array:
-    accumulate = _product(x, w, axes, precision, out_dtype, DIGITS).accumulate
+def _explicit(call: Call, out_sharding: Any, x: Array, w: AbstractScaledArray) -> Array:
+    accumulate = call.of(x, w).accumulate
     return lax.dot_general(
         x.astype(accumulate),
         dense(w, accumulate),
-        axes.dimension_numbers,
-        precision=precision,
-        preferred_element_type=out_dtype,
+        call.axes.dimension_numbers,
+        precision=call.precision,
+        preferred_element_type=call.out_dtype,
         out_sharding=out_sharding,
     )
 
@@ -172,72 +151,53 @@ def _explicit(
 # ------------------------------------------------------------------------------- the primitive
 
 
-def _output(x: Any, w: Any, *, axes: Axes, precision: Any, out_dtype: Any, **_: Any) -> Any:
+def _output(x: Any, w: Any, **params: Any) -> Any:
+    call = Call(**params)
     return _compat.output_aval(
         lax.dot_general_p,
         x,
         w,
-        dimension_numbers=axes.dimension_numbers,
-        precision=precision,
-        preferred_element_type=out_dtype,
+        dimension_numbers=call.axes.dimension_numbers,
+        precision=call.precision,
+        preferred_element_type=call.out_dtype,
         out_sharding=None,
     )
 
 
-def _transpose(
-    ct: Array,
-    x: Any,
-    w: AbstractScaledArray,
-    *,
-    axes: Axes,
-    precision: Any,
-    out_dtype: Any,
-    digits: int,
-    implementation: str | None,
-    **params: Any,
-) -> Array:
+def _transpose(ct: Array, x: Any, w: AbstractScaledArray, **params: Any) -> Array:
+    call = Call(**params)
+    axes, name = call.axes, call.implementation
     x_free, n_batch = axes.x_free(x.ndim), len(axes.x_batch)
     # y[b, f, o] = sum_k x[b, f, k] w[b, o, k], so ct_x[b, f, k] = sum_o ct[b, f, o] w[b, o, k].
-    back = Axes(
-        tuple(range(n_batch + len(x_free), ct.ndim)),
-        tuple(axes.w_free(w.ndim)),
-        tuple(range(n_batch)),
-        axes.w_batch,
-    )
-    product = _product(ct, w, back, precision, x.dtype, digits)
-    if implementation is not None and not IMPLEMENTATIONS[implementation].supports(product):
-        implementation = None
-    params |= dict(axes=back, precision=precision, out_dtype=x.dtype, digits=digits)
-    ct_x = bind(quantized_dot_general_p, ct, w, implementation=implementation, **params)
+    outputs, batch = range(n_batch + len(x_free), ct.ndim), range(n_batch)
+    back = Axes(tuple(outputs), tuple(axes.w_free(w.ndim)), tuple(batch), axes.w_batch)
+    call = call._replace(axes=back, out_dtype=x.dtype)
+    if name is not None and not IMPLEMENTATIONS[name].supports(call.of(ct, w)):
+        call = call._replace(implementation=None)
+    ct_x = bind(quantized_dot_general_p, ct, w, **call._asdict())
     of_w = dict(zip(axes.w_contract, axes.x_contract, strict=True))
     order = [*axes.x_batch, *x_free, *(of_w[axis] for axis in sorted(axes.w_contract))]
     return lax.transpose(ct_x, [order.index(axis) for axis in range(x.ndim)])
 
 
 def _batch(
-    x: Array,
-    w: AbstractScaledArray,
-    x_is_mapped: bool,
-    w_is_mapped: bool,
-    *,
-    axes: Axes,
-    **params: Any,
+    x: Array, w: AbstractScaledArray, x_mapped: bool, w_mapped: bool, *, axes: Axes, **params: Any
 ) -> tuple[Array, int]:
-    both = x_is_mapped and w_is_mapped
+    both = x_mapped and w_mapped
 
     def shift(axes: tuple[int, ...], by: bool) -> tuple[int, ...]:
         return tuple(axis + by for axis in axes)
 
     new = Axes(
-        shift(axes.x_contract, x_is_mapped),
-        shift(axes.w_contract, w_is_mapped),
-        (0,) * both + shift(axes.x_batch, x_is_mapped),
-        (0,) * both + shift(axes.w_batch, w_is_mapped),
+        shift(axes.x_contract, x_mapped),
+        shift(axes.w_contract, w_mapped),
+        (0,) * both + shift(axes.x_batch, x_mapped),
+        (0,) * both + shift(axes.w_batch, w_mapped),
     )
     y = bind(quantized_dot_general_p, x, w, axes=new, **params)
     # The new axis is one of the batch, or the first free one of its operand.
-    of_x_alone = len(axes.x_batch) if x_is_mapped else x.ndim - len(axes.x_contract)
-    return y, 0 if both else of_x_alone
+    first = len(axes.x_batch) if x_mapped else x.ndim - len(axes.x_contract)
+    return y, 0 if both else first
 
 
 quantized_dot_general_p = linear_primitive(

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,19 +11,22 @@ import jax.tree_util as jtu
 from jax import Array, lax
 
 from ..._array import AbstractScaledArray
-from ...tiles import reshape, Unaligned
+from ...tiles import Leaf, reshape, spread, Unaligned
 from .axes import Axes
 from .product import Product
 
 
+OfMatrix = Callable[[Any, AbstractScaledArray, Leaf | None, int], Any]
+
+
 def by_matrices(
-    of_matrix: Callable[[Array, AbstractScaledArray, int], Array],
+    of_matrix: OfMatrix,
     x: Array,
     w: AbstractScaledArray,
     axes: Axes,
 ) -> Array:
-    """The product of `x` and `w` along these axes, by `of_matrix(x, w, axis)` of a matrix (rows, inputs) and a
-    quantized one, summed over that axis of it: a matrix (rows, outputs).
+    """The product of `x` and `w` along these axes, by `of_matrix(x, w, scale, axis)` of a matrix (rows, inputs) and
+    the values of a quantized one, times the scale unless that is None, summed over that axis: a matrix (rows, outputs).
 
     Neighbouring axes of `w` of the same kind become one; over the others `of_matrix` is mapped.
 
@@ -46,11 +49,23 @@ def by_matrices(
     if w.ndim > 2:
         matrix = sizes if kinds[1] else sizes[::-1]
         w = w.with_leaves({name: reshape(leaf, matrix) for name, leaf in w.leaves().items()})
-    return of_matrix(x.reshape(-1, sizes[1]), w, int(kinds[1])).reshape(*batch, *outputs)
+    axis, scale, x = int(kinds[1]), w.scale_leaf, x.reshape(-1, sizes[1])
+    if scale is not None and scale.is_constant_along(axis):
+        # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.
+        y = of_matrix(x, w, None, axis) * spread(scale, [1 - axis]).reshape(-1)
+    else:
+        y = of_matrix(x, w, scale, axis)
+    return y.reshape(*batch, *outputs)
 
 
 def _mapped(
-    of_matrix: Any, x: Array, w: AbstractScaledArray, axes: Axes, x_axis: Any, axis: int, out: int
+    of_matrix: OfMatrix,
+    x: Array,
+    w: AbstractScaledArray,
+    axes: Axes,
+    x_axis: Any,
+    axis: int,
+    out: int,
 ) -> Array:
     """`by_matrices` for each entry of `axis` of `w`, and of `x_axis` of `x` unless that is None."""
     w = w.unnested()
@@ -74,22 +89,21 @@ def _mapped(
     return jax.vmap(each, in_axes, out)(x, *leaves)
 
 
-def holds_for_matrices(
-    condition: Callable[[Any, AbstractScaledArray, int], bool], product: Product
-) -> bool:
-    """Whether `by_matrices` computes this product, and the condition holds for what it gives to `of_matrix`."""
-    if product.x.size == 0 or product.w.size == 0:
+def holds_for_matrices(condition: OfMatrix, product: Product, dtypes: Sequence[Any]) -> bool:
+    """Whether `by_matrices` computes this product, in float32 and from operands of these dtypes that 32 bits can
+    count, and the condition holds for what it gives to `of_matrix`."""
+    x, w, found = product.x, product.w, []
+    if product.accumulate != jnp.float32 or x.dtype not in dtypes or w.dtype not in dtypes:
         return False
-    found: list[bool] = []
+    if not 0 < x.size < 2**31 or not 0 < w.size < 2**31:
+        return False
 
-    def of_matrix(x: Array, w: AbstractScaledArray, axis: int) -> Array:
-        found.append(condition(x, w, axis))
+    def of_matrix(x: Array, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> Array:
+        found.append(condition(x, w, scale, axis))
         return jnp.zeros((len(x), w.shape[1 - axis]))
 
     try:
-        jax.eval_shape(
-            lambda x, w: by_matrices(of_matrix, x, w, product.axes), product.x, product.w
-        )
+        jax.eval_shape(lambda x, w: by_matrices(of_matrix, x, w, product.axes), x, w)
     except Unaligned:
         return False
     return all(found)

@@ -47,25 +47,22 @@ def check_name(name: str | None) -> str | None:
     return name
 
 
-def check_product(name: str, product: Product) -> None:
-    """Raises `ValueError` unless the implementation of this name computes this product."""
-    if not IMPLEMENTATIONS[name].supports(product):
-        x, w = product.x, product.w
+def check(name: str, product: Product, target: Target | None = None) -> None:
+    """Raises `ValueError` unless the implementation of this name computes this product, and runs there."""
+    each, x, w = IMPLEMENTATIONS[name], product.x, product.w
+    if not each.supports(product):
         able = (other.name for other in IMPLEMENTATIONS.values() if other.supports(product))
         raise ValueError(
             f"implementation={name!r} does not compute the product of {x.dtype}{list(x.shape)} with "
             f"{type(w).__name__} {w.dtype}{list(w.shape)} along {product.axes.w_contract}; {_names(able)} would."
         )
-
-
-def check_target(name: str, target: Target) -> None:
-    """Raises `ValueError` if the implementation of this name does not run there."""
-    platforms, platform = IMPLEMENTATIONS[name].platforms, target.platform
-    if platforms is not None and not IMPLEMENTATIONS[name].runs_on(target):
-        where = f"a program for {platform or 'another platform'}"
-        if platform in platforms:
+    if target is not None and each.platforms is not None and not each.runs_on(target):
+        where = f"a program for {target.platform or 'another platform'}"
+        if target.platform in each.platforms:
             where = "one that is partitioned over devices, exported without custom calls, or for an older device"
-        raise ValueError(f"implementation={name!r} runs on {platforms[0]}, but not in {where}.")
+        raise ValueError(
+            f"implementation={name!r} runs on {each.platforms[0]}, but not in {where}."
+        )
 
 
 def _names(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..._array import AbstractScaledArray
+from ...tiles import Packing
 from .axes import Axes
 
 
@@ -67,18 +68,14 @@ class Target(NamedTuple):
     """The kind of the GPU."""
 
 
-def _always(product: Product) -> bool:
-    return True
-
-
 class Implementation(NamedTuple):
     """One way to compute products."""
 
     name: str
     run: Callable[[Product, Target], Array]
-    supports: Callable[[Product], bool] = _always
+    supports: Callable[[Product], bool] = lambda product: True
     """Whether it computes this product."""
-    pays: Callable[[Product], bool] = _always
+    pays: Callable[[Product], bool] = lambda product: True
     """Whether it is no loss, by what is known."""
     platforms: tuple[str, ...] | None = None
     """Where it runs; None if everywhere."""
@@ -88,6 +85,11 @@ class Implementation(NamedTuple):
         return self.platforms is None or (
             target.platform in self.platforms and not target.partitioned
         )
+
+
+def has_slack(packing: Packing) -> bool:
+    """Whether there are places for elements that none takes."""
+    return packing.tile.size % packing.tile.stored != 0
 
 
 def has_sixteen_levels(w: AbstractScaledArray) -> bool:

@@ -9,9 +9,9 @@ import jax.tree_util as jtu
 from jax import Array
 
 from ...._array import AbstractScaledArray
-from ....tiles import Leaf, Packing, spread
+from ....tiles import Leaf, spread
 from ..as_matrices import by_matrices, holds_for_matrices
-from ..product import has_sixteen_levels, Product, Target
+from ..product import has_sixteen_levels, has_slack, Product, Target
 from .blocks import Blocks, blocks_for, Case, MAX_ROWS, splits_for
 
 
@@ -20,30 +20,23 @@ from .blocks import Blocks, blocks_for, Case, MAX_ROWS, splits_for
 MAX_ROWS_IN_16_BITS = 256
 MAX_ROWS_IN_32_BITS = 16
 MIN_SIZE = 1 << 20
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def supports(product: Product) -> bool:
     """Whether `compute` does: products with matrices that decode number by number."""
-    x, w, floats = product.x, product.w, (jnp.bfloat16, jnp.float16, jnp.float32)
-    return (
-        jnp.dtype(product.accumulate) == jnp.float32
-        and x.dtype in floats
-        and w.dtype in floats
-        and max(x.size, w.size) < 2**31
-        and holds_for_matrices(lambda x, w, axis: _decodes(w), product)
-    )
+    return holds_for_matrices(lambda x, w, scale, axis: _decodes(w), product, FLOATS)
 
 
 def pays(product: Product) -> bool:
     """Whether XLA makes the weight dense, and there are few enough rows for that to matter."""
 
-    def needs_a_kernel(x: Any, w: AbstractScaledArray, axis: int) -> bool:
-        scale = w.scale_leaf
-        left_to_xla = w.packing is None and (scale is None or _leaves_the_sum(scale, axis))
+    def needs_a_kernel(x: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> bool:
+        left_to_xla = w.packing is None and (scale is None or scale.is_constant_along(1 - axis))
         most = MAX_ROWS_IN_32_BITS if _dtype(x, w) == jnp.float32 else MAX_ROWS_IN_16_BITS
         return not left_to_xla and len(x) <= most
 
-    return product.w.size >= MIN_SIZE and holds_for_matrices(needs_a_kernel, product)
+    return product.w.size >= MIN_SIZE and holds_for_matrices(needs_a_kernel, product, FLOATS)
 
 
 def compute(
@@ -57,9 +50,9 @@ def compute(
     `interpret` runs it anywhere.
     """
 
-    def of_matrix(x: Array, matrix: AbstractScaledArray, axis: int) -> Array:
-        copies = product.w.size // matrix.size
-        return _of_matrix(x, matrix, axis, copies, target.device, blocks, interpret)
+    def of_matrix(x: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> Array:
+        copies = product.w.size // w.size
+        return _of_matrix(x, w, scale, axis, copies, target.device, blocks, interpret)
 
     return by_matrices(of_matrix, product.x, product.w, product.axes)
 
@@ -67,6 +60,7 @@ def compute(
 def _of_matrix(
     rows: Array,
     w: AbstractScaledArray,
+    scale: Leaf | None,
     axis: int,
     copies: int,
     device: str | None,
@@ -76,17 +70,11 @@ def _of_matrix(
     """The product with one of so many matrices."""
     from .kernel import Problem, product, Side
 
-    payload = w.payload_leaf
-    scale, factors = w.scale_leaf, None
-    dtype = _dtype(rows, w)
-    if scale is not None and scale.is_constant_along(axis):
-        # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.
-        factors, scale = spread(scale, [1 - axis]).reshape(-1), None
-    elif scale is not None:
+    payload, dtype = w.payload_leaf, _dtype(rows, w)
+    if scale is not None:
         to_input = scale.is_constant_along(1 - axis)
-        if dtype == jnp.float16 and (
-            to_input or not Side.of(payload, scale, axis, 16).shares_scale
-        ):
+        shared = Side.of(payload, scale, axis, 16).shares_scale
+        if dtype == jnp.float16 and (to_input or not shared):
             dtype = jnp.dtype(jnp.float32)  # float16 is too narrow for its numbers times a scale
         if to_input:
             # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
@@ -114,8 +102,7 @@ def _of_matrix(
         interpret=interpret,
     )
     y = product(rows.astype(dtype), w, None if scale is None else scale.array, problem)
-    y = jnp.sum(y, axis=0)
-    return y if factors is None else y * factors
+    return jnp.sum(y, axis=0)
 
 
 def case_of(rows: int, w: AbstractScaledArray, axis: int, dtype: Any) -> Case:
@@ -133,15 +120,10 @@ def _dtype(x: Any, w: AbstractScaledArray) -> Any:
     return jnp.dtype(jnp.promote_types(x.dtype, w.dtype))
 
 
-def _leaves_the_sum(scale: Leaf, axis: int) -> bool:
-    """Whether it can be multiplied into the result, or into the input."""
-    return scale.is_constant_along(axis) or scale.is_constant_along(1 - axis)
-
-
 def _decodes(w: AbstractScaledArray) -> bool:
     """Whether the kernel can decode a block of the stored numbers as the format says."""
     payload = [leaf.array for leaf in w.leaves().values() if leaf.ordered]
-    if w.packing is not None and (w.packing.elements > 16 or _has_slack(w.packing)):
+    if w.packing is not None and (w.packing.elements > 16 or has_slack(w.packing)):
         return False
     if any(leaf.dtype not in (jnp.int8, jnp.uint8, jnp.uint16) for leaf in payload):
         return False
@@ -151,11 +133,6 @@ def _decodes(w: AbstractScaledArray) -> bool:
         return False  # it decodes all elements together
     leaves, treedef = jtu.tree_flatten(w)
     return _is_elementwise(treedef, tuple(leaf.dtype for leaf in leaves))
-
-
-def _has_slack(packing: Packing) -> bool:
-    """Whether there are places for elements that none takes."""
-    return packing.tile.size % packing.tile.stored != 0
 
 
 # What Triton computes number by number.
