@@ -159,7 +159,7 @@ def test_what_is_refused():
         run(activations="int4")
     with pytest.raises(ValueError, match="it is 'fp8'"):
         eqq.implicit(lambda x, w: x @ w.T, activations="fp8")(x, w)
-    with pytest.raises(ValueError, match=r"positive integer; it is Int8Blocks\(size=0\)"):
+    with pytest.raises(ValueError, match=r"a positive size; it is Int8Blocks\(size=0\)"):
         run(activations=Int8Blocks(0))
     both = (((0, 1), (0, 1)), ((), ()))
     with pytest.raises(ValueError, match=r"Int8Blocks\(size=2\) takes sums along a single axis"):

@@ -42,23 +42,19 @@ def rounded(x: Array, w: AbstractScaledArray, axes: Axes, activations: Any) -> t
     return lax.slice_in_dim(blocks.reshape(padded.shape), 0, length, axis=axis), DIGITS
 
 
-def rounded_rows(x: Array, axes: Sequence[int]) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rounded_rows(x: Array, axes: tuple[int, ...]) -> Array:
     """`x` rounded to 8 bits: the numbers along `axes` to integers times their largest magnitude over 127.
     Its derivative is the identity."""
-    return _rounded_rows(x, tuple(axes))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _rounded_rows(x: Array, axes: tuple[int, ...]) -> Array:
     scaled, unit = scaled_to_int8(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes)
     # Rounding to the dtype of `x` may move a number, but not to where another integer is nearest.
     rounded = jnp.where(jnp.isinf(unit), jnp.where(jnp.isinf(x), x, 0), jnp.round(scaled) * unit)
     return rounded.astype(x.dtype)
 
 
-@_rounded_rows.defjvp
+@rounded_rows.defjvp
 def _rounded_rows_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return _rounded_rows(*primals, axes), tangents[0]
+    return rounded_rows(*primals, axes), tangents[0]
 
 
 def scaled_to_int8(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ from jax import Array, lax
 from .. import _compat, tiles
 from .._array import AbstractScaledArray
 from .dot_general import quantized_dot_general
-from .in_pieces import by_pieces, piece_length
+from .in_pieces import by_pieces
 from .linear import bind, linear_primitive
 from .matmul.product import Target
 from .matmul.reference import dense
@@ -168,7 +168,7 @@ def _in_pieces(x: Array, w: AbstractScaledArray, *, dimension_numbers: Any, **pa
         x,
         w,
         axis=w_spec[0],
-        length=piece_length(w, w_spec[0], max(w.size // PIECES, 1)),
+        limit=max(w.size // PIECES, 1),
         x_axis=None,
         y_axis=last,
         shape=jax.eval_shape(product, x, w).shape,

@@ -103,6 +103,12 @@ class Call(NamedTuple):
         accumulate = jnp.dtype(jnp.float64 if double else jnp.float32)
         return Product(x, w, self.axes, self.precision, accumulate, self.digits)
 
+    def of_dot(self, out_sharding: Any = None) -> dict[str, Any]:
+        """The parameters of `lax.dot_general`."""
+        numbers, dtype = self.axes.dimension_numbers, self.out_dtype
+        how = dict(precision=self.precision, preferred_element_type=dtype)
+        return how | dict(dimension_numbers=numbers, out_sharding=out_sharding)
+
 
 def _compute(x: Array, w: AbstractScaledArray, target: Target, **params: Any) -> Array:
     call = Call(**params)
@@ -137,31 +143,15 @@ def _compute_differentiably(x: Array, w: AbstractScaledArray, **params: Any) -> 
 
 
 def _explicit(call: Call, out_sharding: Any, x: Array, w: AbstractScaledArray) -> Array:
-    accumulate = call.of(x, w).accumulate
-    return lax.dot_general(
-        x.astype(accumulate),
-        dense(w, accumulate),
-        call.axes.dimension_numbers,
-        precision=call.precision,
-        preferred_element_type=call.out_dtype,
-        out_sharding=out_sharding,
-    )
+    dtype = call.of(x, w).accumulate
+    return lax.dot_general(x.astype(dtype), dense(w, dtype), **call.of_dot(out_sharding))
 
 
 # ------------------------------------------------------------------------------- the primitive
 
 
 def _output(x: Any, w: Any, **params: Any) -> Any:
-    call = Call(**params)
-    return _compat.output_aval(
-        lax.dot_general_p,
-        x,
-        w,
-        dimension_numbers=call.axes.dimension_numbers,
-        precision=call.precision,
-        preferred_element_type=call.out_dtype,
-        out_sharding=None,
-    )
+    return _compat.output_aval(lax.dot_general_p, x, w, **Call(**params).of_dot())
 
 
 def _transpose(ct: Array, x: Any, w: AbstractScaledArray, **params: Any) -> Array:

@@ -21,18 +21,19 @@ def by_pieces(
     w: AbstractScaledArray,
     *,
     axis: int,
-    length: int,
+    limit: int,
     x_axis: int | None,
     y_axis: int | None,
     shape: Sequence[int],
     dtype: Any,
 ) -> Array:
-    """`product(x, w)`, of this shape and dtype, from pieces of `length` entries of `axis` of `w`.
+    """`product(x, w)`, of this shape and dtype, from pieces of at most `limit` elements, cut along `axis`
+    of `w`.
 
     `x_axis` is cut along with `axis` (None: all of `x` goes to each piece). The results are laid
     side by side along `y_axis`, or summed up if that is None.
     """
-    whole = w.shape[axis]
+    whole, length = w.shape[axis], _piece_length(w, axis, limit)
     if length == whole:
         return product(x, w).astype(dtype)
     count = whole // length
@@ -65,7 +66,7 @@ def zeros(operands: Any, shape: Sequence[int], dtype: Any) -> Array:
     return functools.reduce(operator.add, each)
 
 
-def piece_length(w: AbstractScaledArray, axis: int, limit: int) -> int:
+def _piece_length(w: AbstractScaledArray, axis: int, limit: int) -> int:
     """How many entries of `axis` make a piece of at most `limit` elements, if that is possible.
 
     Whole stored tiles, or an equal part of the tile of a scale; it divides the axis if it can.
@@ -74,7 +75,7 @@ def piece_length(w: AbstractScaledArray, axis: int, limit: int) -> int:
     varying = [leaf for leaf in w.leaves().values() if not leaf.is_constant_along(axis)]
     payload = math.lcm(*(leaf.tiles[axis].size for leaf in varying if leaf.ordered))
     scales = [leaf.tiles[axis].size for leaf in varying if not leaf.ordered]
-    most = limit * whole // w.size
+    most = limit * whole // max(w.size, 1)
     fitting = [
         length
         for length in range(most - most % payload, most // 2, -payload)

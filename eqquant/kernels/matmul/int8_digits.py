@@ -19,7 +19,7 @@ from jax import Array, lax
 from ..._array import AbstractScaledArray
 from ...tiles import spread
 from ..activations import scaled_to_int8
-from ..in_pieces import by_pieces, piece_length
+from ..in_pieces import by_pieces
 from .product import Product, Target
 
 
@@ -91,7 +91,7 @@ def _sums(digits: Array, w: AbstractScaledArray) -> Array:
         digits,
         w,
         axis=axis,
-        length=piece_length(w, axis, min(w.size // TILES, MAX_TILE)),
+        limit=min(w.size // TILES, MAX_TILE),
         x_axis=None,
         y_axis=axis,
         shape=(*w.shape[:-1], digits.shape[1]),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from ...in_pieces import by_pieces, piece_length
+from ...in_pieces import by_pieces
 from .. import xla
 from ..axes import Axes
 from ..product import Product, Target
@@ -77,15 +77,12 @@ def _cut(order: Sequence[int], product: Product, limit: int, form: xla.Form) -> 
     if not order or w.size <= limit:
         return xla.in_form(product, form)
     axis, *later = order
-    length = piece_length(w, axis, limit)
-    if length == w.shape[axis]:
-        return _cut(later, product, limit, form)
     return by_pieces(
         lambda x, w: _cut(later, product.replace(x=x, w=w), limit, form),
         x,
         w,
         axis=axis,
-        length=length,
+        limit=limit,
         x_axis=axes.x_axis(axis),
         y_axis=axes.y_axis(axis, x.ndim, w.ndim),
         shape=product.shape,

@@ -108,7 +108,8 @@ def product(x: Array, w: AbstractScaledArray, scale: Array | None, problem: Prob
         """The planes of a block."""
         if levels is not None:
             (codes,) = stored
-            planes = _high_and_low(codes, table_ref, problem.dtype, permuting)
+            decoded = _permuted if permuting else _looked_up
+            planes = decoded(codes, table_ref, problem.dtype)
             return planes if high_half_first(w) else planes[::-1]
         filled: list[Any] = [None] * len(leaves)
         for place, array in zip(places, stored, strict=True):
@@ -267,16 +268,13 @@ def _words(levels: Sequence[float], dtype: Any) -> Array:
     return jnp.asarray(low_and_high.view(np.int32))
 
 
-def _high_and_low(codes: Array, table_ref: Any, dtype: Any, permuting: bool) -> Sequence[Array]:
-    """The levels of the high and of the low halves of a block of bytes, from a table of levels or of their words."""
-    if permuting:
-        return _permuted(codes, table_ref, dtype)
-    halves = codes >> 4, codes & 15
-    return [triton.load(table_ref.at[half.astype(jnp.int32)]) for half in halves]
+def _looked_up(codes: Array, table_ref: Any, dtype: Any) -> Sequence[Array]:
+    """The levels of the high and of the low halves of a block of bytes, from a table of the levels."""
+    return [triton.load(table_ref.at[half.astype(jnp.int32)]) for half in (codes >> 4, codes & 15)]
 
 
 def _permuted(codes: Array, words_ref: Any, dtype: Any) -> Sequence[Array]:
-    """As `_high_and_low`, from the words of the levels."""
+    """As `_looked_up`, from the words of the levels."""
     # As operands: of constants, the compiler would make a copy for each use.
     words = [jnp.full(codes.shape, triton.load(words_ref.at[i])) for i in range(8)]
     [pairs] = triton.elementwise_inline_asm(

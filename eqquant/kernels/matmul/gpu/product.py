@@ -50,59 +50,46 @@ def compute(
     `interpret` runs it anywhere.
     """
 
-    def of_matrix(x: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> Array:
-        copies = product.w.size // w.size
-        return _of_matrix(x, w, scale, axis, copies, target.device, blocks, interpret)
+    from . import kernel
 
-    return by_matrices(of_matrix, product.x, product.w, product.axes)
-
-
-def _of_matrix(
-    rows: Array,
-    w: AbstractScaledArray,
-    scale: Leaf | None,
-    axis: int,
-    copies: int,
-    device: str | None,
-    blocks: Blocks | None,
-    interpret: bool,
-) -> Array:
-    """The product with one of so many matrices."""
-    from .kernel import Problem, product, Side
-
-    payload, dtype = w.payload_leaf, _dtype(rows, w)
-    if scale is not None:
-        to_input = scale.is_constant_along(1 - axis)
-        shared = Side.of(payload, scale, axis, 16).shares_scale
-        if dtype == jnp.float16 and (to_input or not shared):
-            dtype = jnp.dtype(jnp.float32)  # float16 is too narrow for its numbers times a scale
-        if to_input:
-            # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
-            rows, scale = rows.astype(jnp.float32) * spread(scale, [axis]).reshape(-1), None
-    case = case_of(len(rows), w, axis, dtype)
-    if blocks is None:
-        blocks = blocks_for(case, device)
-    inputs = Side.of(payload, scale, axis, blocks.inputs)
-    outputs = Side.of(payload, scale, 1 - axis, blocks.outputs)
-    programs = copies * -(-len(rows) // blocks.rows) * -(-outputs.stored // outputs.block)
-    problem = Problem(
-        rows=len(rows),
-        inputs=inputs,
-        outputs=outputs,
-        packed=case.packed,
-        inputs_last=case.inputs_last,
-        splits=splits_for(
-            programs,
+    def of_matrix(rows: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> Array:
+        payload, dtype = w.payload_leaf, _dtype(rows, w)
+        if scale is not None:
+            to_input = scale.is_constant_along(1 - axis)
+            shared = kernel.Side.of(payload, scale, axis, 16).shares_scale
+            if dtype == jnp.float16 and (to_input or not shared):
+                dtype = jnp.dtype(
+                    jnp.float32
+                )  # float16 is too narrow for its numbers times a scale
+            if to_input:
+                # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
+                rows, scale = rows.astype(jnp.float32) * spread(scale, [axis]).reshape(-1), None
+        case = case_of(len(rows), w, axis, dtype)
+        cut = blocks or blocks_for(case, target.device)
+        inputs = kernel.Side.of(payload, scale, axis, cut.inputs)
+        outputs = kernel.Side.of(payload, scale, 1 - axis, cut.outputs)
+        matrices = product.w.size // w.size
+        splits = splits_for(
+            matrices * -(-len(rows) // cut.rows) * -(-outputs.stored // outputs.block),
             -(-inputs.stored // inputs.block),
             4 * len(rows) * outputs.length,
             payload.array.size * payload.array.dtype.itemsize,
-        ),
-        blocks=blocks,
-        dtype=dtype,
-        interpret=interpret,
-    )
-    y = product(rows.astype(dtype), w, None if scale is None else scale.array, problem)
-    return jnp.sum(y, axis=0)
+        )
+        problem = kernel.Problem(
+            rows=len(rows),
+            inputs=inputs,
+            outputs=outputs,
+            packed=case.packed,
+            inputs_last=case.inputs_last,
+            splits=splits,
+            blocks=cut,
+            dtype=dtype,
+            interpret=interpret,
+        )
+        scales = None if scale is None else scale.array
+        return jnp.sum(kernel.product(rows.astype(dtype), w, scales, problem), axis=0)
+
+    return by_matrices(of_matrix, product.x, product.w, product.axes)
 
 
 def case_of(rows: int, w: AbstractScaledArray, axis: int, dtype: Any) -> Case:

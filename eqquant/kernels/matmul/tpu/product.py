@@ -1,6 +1,5 @@
 """What the kernel computes, and where it serves."""
 
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -49,32 +48,29 @@ def compute(product: Product, target: Target, *, interpret: Any = False) -> Arra
     What is multiplied is rounded as the dense product would be, to the common dtype of `x` and `w`; float32
     is not rounded, whatever the `precision`. `interpret` runs it anywhere: True, or Pallas's `InterpretParams`.
     """
-    return by_matrices(partial(_of_matrix, interpret=interpret), product.x, product.w, product.axes)
+    from . import kernel
 
+    def of_matrix(rows: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> Array:
+        packing, levels, scales = w.packing, w.codebook, None
+        assert packing is not None and levels is not None  # says `supports`
+        if scale is not None:
+            scales = spread(scale, [1 - axis]).astype(jnp.float32)
+            scales = scales if axis == 1 else scales.T
+        missing = packing.elements * packing.stored - rows.shape[1]
+        rows = rows.astype(jnp.promote_types(rows.dtype, w.dtype))
+        return kernel.product(
+            jnp.pad(rows, ((0, 0), (0, missing))),
+            w.payload_leaf.array,
+            scales,
+            levels,
+            high_first=high_half_first(w),
+            bytes_per_tile=packing.tile.stored,
+            bytes_per_scale=_bytes_per_scale(packing, scale),
+            sum_last=axis == 1,
+            interpret=interpret,
+        )
 
-def _of_matrix(
-    rows: Array, w: AbstractScaledArray, scale: Leaf | None, axis: int, *, interpret: Any
-) -> Array:
-    from .kernel import product
-
-    rows = rows.astype(jnp.promote_types(rows.dtype, w.dtype))
-    packing, levels, scales = w.packing, w.codebook, None
-    assert packing is not None and levels is not None  # says `supports`
-    if scale is not None:
-        scales = spread(scale, [1 - axis]).astype(jnp.float32)
-        scales = scales if axis == 1 else scales.T
-    filled = packing.elements * packing.stored
-    return product(
-        jnp.pad(rows, ((0, 0), (0, filled - rows.shape[1]))),
-        w.payload_leaf.array,
-        scales,
-        levels,
-        high_first=high_half_first(w),
-        bytes_per_tile=packing.tile.stored,
-        bytes_per_scale=_bytes_per_scale(packing, scale),
-        sum_last=axis == 1,
-        interpret=interpret,
-    )
+    return by_matrices(of_matrix, product.x, product.w, product.axes)
 
 
 def _bytes_per_scale(packing: Packing, scale: Leaf | None) -> int | None:
