@@ -15,8 +15,11 @@ from jaxtyping import Array, Float, UInt8
 
 import eqquant as eqq
 from eqquant.kernels import convolution, quantized_dot_general
+from eqquant.kernels.matmul import xla
+from eqquant.kernels.matmul.axes import Axes
 from eqquant.kernels.matmul.cpu import tiled
 from eqquant.kernels.matmul.gpu import product as gpu
+from eqquant.kernels.matmul.product import Product, Target
 from eqquant.kernels.matmul.tpu import product as tpu
 from eqquant.tiles import Leaf, Packing, scale_block_size, scale_leaf, spread, Tile
 
@@ -69,6 +72,15 @@ class OfLevels(Affine):
         return jnp.asarray(LEVELS, dtype)[super().plane(i, jnp.int32)]
 
 
+class LowFirst(OfLevels):
+    """The first of two in a byte is in its low half."""
+
+    first: ClassVar[str] = "low"
+
+    def plane(self, i: int, dtype: Any) -> Array:
+        return super().plane(1 - i, dtype)
+
+
 def affine(
     kind: Any, shape: Any, axis: int = -1, scale: int | None = None, offset: int | None = None
 ) -> Any:
@@ -116,6 +128,7 @@ CASES = [
     ("gpu", Affine, LAST_ALONE),
     ("gpu", OfLevels, FIRST),
     ("tpu", OfLevels, (1, None, 16)),
+    *((name, LowFirst, LAST) for name in ("xla", "gpu", "tpu")),
 ]
 
 
@@ -129,6 +142,13 @@ def test_every_implementation(interpreted, name, kind, how):
     )
     dense = np.asarray(w.materialize(), np.float64)
     assert_close(y, np.asarray(x, np.float64) @ (dense.T if axis else dense))
+
+
+def test_in_the_form_for_tpus():
+    for kind in (OfLevels, LowFirst):
+        x, w = normal(3, 72), affine(kind, (6, 72), 1, 16, 16)
+        product = Product(x, w.replace(offset=jnp.zeros_like(w.offset)), Axes((1,), (1,), (), ()))
+        assert_close(xla.compute(product, Target("tpu")), x @ product.w.materialize().T)
 
 
 PROGRAMS = {

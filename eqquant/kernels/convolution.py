@@ -223,11 +223,11 @@ def _dilated(length: int, by: int) -> int:
 
 
 def _batch(
-    x: Array, w: AbstractScaledArray, x_is_mapped: bool, w_is_mapped: bool, **params: Any
+    x: Array, w: AbstractScaledArray, x_mapped: bool, w_mapped: bool, **params: Any
 ) -> tuple[Array, int]:
-    if w_is_mapped:
+    if w_mapped:
         one = partial(_compute_differentiably, **params)
-        return jax.vmap(one, (0 if x_is_mapped else None, 0))(x, w), 0
+        return jax.vmap(one, (0 if x_mapped else None, 0))(x, w), 0
     # Examples are independent: the new axis is a part of the batch.
     numbers, size = params["dimension_numbers"], x.shape[0]
     axis, out_axis = numbers.lhs_spec[0], numbers.out_spec[0]

@@ -134,7 +134,8 @@ def _product_with_offset(product: Product, offset: Leaf) -> Array:
         x = jnp.pad(x, [(0, missing * (i == x_axis)) for i in range(x.ndim)])
         x = x.reshape(*x.shape[:x_axis], blocks, size, *x.shape[x_axis + 1 :]).sum(x_axis + 1)
     offsets = spread(offset, (*axes.w_batch, *axes.w_free(product.w.ndim))).astype(dtype)
-    return lax.dot_general(x, offsets, axes.dimension_numbers, product.precision, dtype)
+    # It is small, and may cancel most of the rest: not rounded to what is multiplied fastest.
+    return lax.dot_general(x, offsets, axes.dimension_numbers, lax.Precision.HIGHEST, dtype)
 
 
 def _compute_differentiably(x: Array, w: AbstractScaledArray, **params: Any) -> Array:

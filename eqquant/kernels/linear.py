@@ -36,7 +36,7 @@ def linear_primitive(
     - `compute(x, w, target, **params)`: the result, in a program for this target.
     - `compute_differentiably(x, w, **params)`: the same by operations that JAX can differentiate in the scales of `w`.
     - `transpose(ct, x, w, **params)`: the cotangent of the abstract `x`.
-    - `batch(x, w, x_is_mapped, w_is_mapped, **params)`: the results for each entry of the first axis of what is
+    - `batch(x, w, x_mapped, w_mapped, **params)`: the results for each entry of the first axis of what is
         mapped, and along which axis they lie.
 
     `of_tangents` replaces parameters that hold for `x`, but not for what is put in its place.
@@ -103,10 +103,10 @@ def linear_primitive(
     def batch_(operands: Any, dims: Any, *, treedef: Any, **params: Any) -> tuple[Any, int]:
         (x, *leaves), (x_dim, *leaf_dims) = operands, dims
         size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
-        w_is_mapped = any(dim is not None for dim in leaf_dims)
+        w_mapped = any(dim is not None for dim in leaf_dims)
         if x_dim is not None:
             x = jnp.moveaxis(x, x_dim, 0)
-        if w_is_mapped:
+        if w_mapped:
             leaves = [
                 jnp.broadcast_to(leaf, (size, *leaf.shape))
                 if dim is None
@@ -114,7 +114,7 @@ def linear_primitive(
                 for leaf, dim in zip(leaves, leaf_dims, strict=True)
             ]
         w = jtu.tree_unflatten(treedef, leaves)
-        return batch(x, w, x_dim is not None, w_is_mapped, **params)
+        return batch(x, w, x_dim is not None, w_mapped, **params)
 
     primitive.def_abstract_eval(abstract)
     primitive.def_impl(partial(_compat.apply_primitive, primitive))
