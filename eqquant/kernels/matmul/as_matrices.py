@@ -19,12 +19,7 @@ from .product import Product
 OfMatrix = Callable[[Any, AbstractScaledArray, Leaf | None, int], Any]
 
 
-def by_matrices(
-    of_matrix: OfMatrix,
-    x: Array,
-    w: AbstractScaledArray,
-    axes: Axes,
-) -> Array:
+def by_matrices(of_matrix: OfMatrix, x: Array, w: AbstractScaledArray, axes: Axes) -> Array:
     """The product of `x` and `w` along these axes, by `of_matrix(x, w, scale, axis)` of a matrix (rows, inputs) and
     the values of a quantized one, times the scale unless that is None, summed over that axis: a matrix (rows, outputs).
 

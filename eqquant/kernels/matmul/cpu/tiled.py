@@ -18,13 +18,11 @@ from ..product import Product, Target
 
 # What is said of speed was measured on two AVX-512 cores, in float32 and for 4096 x 4096.
 TILES = 16  # 12 or 16 take the same time, 32 take 1.2 to 3 times as long
-MAX_TILE_BYTES = (
-    4 << 20
-)  # tiles of 2 to 4 MiB are as fast as any, those of 1 MiB up to 1.7 times slower
+MAX_TILE_BYTES = 4 << 20  # 2 to 4 MiB are as fast as any, 1 MiB up to 1.7 times slower
 SMALL_BYTES = 1 << 20  # it stays in the cache as a whole, and loops are slow to compile
 MAX_ROWS_OF_WEIGHT_FIRST = 64  # takes 0.7 to 0.8 times as long; from 128 rows on the same
 MIN_ROWS_OF_HALF = (
-    2  # a dot in bfloat16 is 1.3 to 2.4 times as fast from 4 rows on, the same for one
+    2  # one row takes the same time in bfloat16, 4 to 16 are 1.4 to 2.4 times as fast
 )
 LANES = 32  # 384 x 384 by tiles of 12 columns takes twice as long as by tiles of 12 rows
 
@@ -46,10 +44,9 @@ def compute(product: Product, target: Target) -> Array:
     )
     if half and (x.ndim != 2 or axes.x_contract != (1,)):
         x = jnp.moveaxis(x, axes.x_contract[0], -1)
-        matrices = product.replace(
-            x=x.reshape(-1, x.shape[-1]), axes=Axes((1,), axes.w_contract, (), ())
-        )
-        return compute(matrices, target).reshape(*x.shape[:-1], -1)
+        rows_of_x, plain = x.reshape(-1, x.shape[-1]), Axes((1,), axes.w_contract, (), ())
+        y = compute(product.replace(x=rows_of_x, axes=plain), target)
+        return y.reshape(*x.shape[:-1], -1)
     itemsize = jnp.dtype(product.accumulate).itemsize
     sums = math.prod(product.shape)
     limit = min(w.size // TILES, MAX_TILE_BYTES // itemsize)

@@ -49,7 +49,6 @@ def compute(
     is not rounded, whatever the `precision`. `blocks` says how it is cut, which depends on the device by default;
     `interpret` runs it anywhere.
     """
-
     from . import kernel
 
     def of_matrix(rows: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> Array:
@@ -58,9 +57,7 @@ def compute(
             to_input = scale.is_constant_along(1 - axis)
             shared = kernel.Side.of(payload, scale, axis, 16).shares_scale
             if dtype == jnp.float16 and (to_input or not shared):
-                dtype = jnp.dtype(
-                    jnp.float32
-                )  # float16 is too narrow for its numbers times a scale
+                dtype = jnp.dtype("float32")  # float16 is too narrow for its numbers times a scale
             if to_input:
                 # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
                 rows, scale = rows.astype(jnp.float32) * spread(scale, [axis]).reshape(-1), None
