@@ -1,4 +1,4 @@
-"""The implementation for CPU, by format and shape. What is said of speed was measured on two AVX-512 cores, in float32."""
+"""The implementation for CPU, by format and shape. Speed was measured on two AVX-512 cores, in float32."""
 
 from .. import int8_digits
 from ..product import Product
@@ -9,7 +9,7 @@ from . import tables
 MAX_ROWS_OF_DIGITS = 8
 MIN_SIZE_OF_DIGITS = 1 << 20
 MIN_SIZE_OF_DIGITS_IF_PACKED = 1 << 22
-# 1.2 to 4.2 times as fast as tiles where a look-up serves at least two elements of each row, else 0.7 to 1.4 times.
+# 1.2 to 4.2 times as fast as tiles where a look-up serves at least two elements of each row, else 0.7 to 0.9 times.
 MIN_ELEMENTS_PER_ROW = 2
 # The tables take less than a tenth of the dense weight from so many outputs on, for each element of a byte.
 MIN_OUTPUTS_OF_TABLES = 10 * tables.BYTES
