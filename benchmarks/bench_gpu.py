@@ -32,10 +32,12 @@ from _measure import interleaved, machine, save
 from shapes import LINEAR, Linear
 
 from eqquant._registry import QUANTIZERS
-from eqquant.kernels.matmul import choose, fused, gpu
+from eqquant.kernels.matmul import xla
+from eqquant.kernels.matmul.axes import Axes
+from eqquant.kernels.matmul.choice import choose
+from eqquant.kernels.matmul.gpu import product as gpu
 from eqquant.kernels.matmul.gpu.blocks import Blocks, blocks_for, Case
-from eqquant.kernels.matmul.gpu.product import case_of
-from eqquant.kernels.matmul.reference import Axes
+from eqquant.kernels.matmul.product import Product, Target
 
 
 NAMES = ("int8", "nf4", "nf4 double", "ternary", "binary", "rsr ternary")
@@ -56,13 +58,13 @@ QUEUED = 10e-3
 """Seconds of work that are queued before it is waited for."""
 
 
-def axes_of(axis: int) -> Axes:
-    return Axes((1,), (axis,), (), ())
+def as_product(axis: int, x: Any, w: Any) -> Product:
+    return Product(x, w, Axes((1,), (axis,), (), ()))
 
 
-def product(implementation: Any, axis: int, x: Any, w: Any, **options: Any) -> Any:
-    y = implementation(x, w, axes=axes_of(axis), precision=None, accumulate=jnp.float32, **options)
-    return y.astype(x.dtype)
+def product(compute: Any, axis: int, x: Any, w: Any, **options: Any) -> Any:
+    target = Target("cuda", device=jax.devices()[0].device_kind)
+    return compute(as_product(axis, x, w), target, **options).astype(x.dtype)
 
 
 # -------------------------------------------------------------------------------------- right?
@@ -78,7 +80,7 @@ def check(args: argparse.Namespace) -> float:
         axis = ORIENTATIONS[orientation]
         w = FORMATS[format](jnp.asarray(rng.normal(size=shape), dtype))
         x = jnp.asarray(rng.normal(size=(rows, shape[axis])), dtype)
-        run = jax.jit(partial(product, gpu, axis, interpret=args.interpret))
+        run = jax.jit(partial(product, gpu.compute, axis, interpret=args.interpret))
         x64, w64 = np.asarray(x, np.float64), np.asarray(w.materialize(), np.float64)
         w64 = w64.T if axis else w64
         eps = float(jnp.finfo(dtype).eps) + (len(w64) + 4) * np.finfo(np.float32).eps
@@ -160,11 +162,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         candidates = {"dense": cold(lambda x, w: x @ (w.T if axis else w), x, copied(dense))}  # noqa: B023
         for format in args.formats:
             weights = copied(weights_of(shape, format))
-            names = ["fused"]
+            names = ["xla"]
             if args.interpret or chosen(x, weights[0], axis) == "gpu":
                 names.append("gpu")
             for name in names:
-                run = kernel(args) if name == "gpu" else fused
+                run = kernel(args) if name == "gpu" else xla.compute
                 candidates[f"{format}: {name}"] = cold(partial(product, run, axis), x, weights)
                 nbytes[f"{format}: {name}"] = stored(weights[0])
         if orientation == "last" and importlib.util.find_spec("bitsandbytes") is not None:
@@ -187,8 +189,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 flush=True,
             )
         for format in args.formats:
-            ours, xla = found.get(f"{format}: gpu"), found[f"{format}: fused"]
-            if ours is not None and ours["median"] > xla["median"]:
+            ours, usual = found.get(f"{format}: gpu"), found[f"{format}: xla"]
+            if ours is not None and ours["median"] > usual["median"]:
                 print(f"  {format}: chosen, but slower than what XLA makes")
         rows_of_results.append(
             dict(shape=shape.name, orientation=orientation, rows=rows, times=found)
@@ -198,12 +200,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def chosen(x: Any, w: Any, axis: int) -> str:
     """What a program for a GPU runs, if it prefers the kernel."""
-    return choose("cuda", x, w, axes_of(axis), jnp.float32, preferred="gpu")
+    return choose(as_product(axis, x, w), Target("cuda"), "gpu")
 
 
 def kernel(args: argparse.Namespace, blocks: Blocks | None = None) -> Any:
-    device = jax.devices()[0].device_kind
-    return partial(gpu, device=device, blocks=blocks, interpret=args.interpret)
+    return partial(gpu.compute, blocks=blocks, interpret=args.interpret)
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[Linear, str, int]]:
@@ -256,7 +257,7 @@ def tune(args: argparse.Namespace) -> dict[Case, Blocks]:
         axis = ORIENTATIONS[orientation]
         x = jnp.ones((rows, (shape.outputs, shape.inputs)[axis]), jnp.bfloat16)
         w = weights_of(shape, format)
-        case = case_of(rows, w, axis, jnp.dtype(jnp.bfloat16))
+        case = gpu.case_of(rows, w, axis, jnp.dtype(jnp.bfloat16))
         if case not in best and (args.interpret or chosen(x, w, axis) == "gpu"):
             seconds = functools.cache(partial(seconds_with, args, axis, x, copied(w)))
             start = blocks_for(case, device)

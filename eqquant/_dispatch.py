@@ -209,16 +209,20 @@ def transparent(rule: _Rule) -> _Rule:
 _implementation: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "implementation", default=None
 )
+_activations: contextvars.ContextVar[Any] = contextvars.ContextVar("activations", default=None)
 
 
 @contextlib.contextmanager
-def preferring(implementation: str | None) -> Iterator[None]:
-    """Products that are traced inside go by this implementation where it serves; None changes nothing."""
+def preferring(implementation: str | None, activations: Any = None) -> Iterator[None]:
+    """Products that are traced inside go by this implementation where it serves, and round their activations so;
+    None changes nothing."""
     token = _implementation.set(implementation or _implementation.get())
+    other = _activations.set(_activations.get() if activations is None else activations)
     try:
         yield
     finally:
         _implementation.reset(token)
+        _activations.reset(other)
 
 
 def preferred_implementation() -> str | None:
@@ -226,6 +230,11 @@ def preferred_implementation() -> str | None:
     return _implementation.get()
 
 
+def preferred_activations() -> Any:
+    """Likewise."""
+    return _activations.get()
+
+
 def tracing_state() -> tuple[Any, ...]:
     """What tracing depends on besides its arguments: a key for caches of traced functions."""
-    return *daylight_state(), _table_version, _implementation.get()
+    return *daylight_state(), _table_version, _implementation.get(), _activations.get()

@@ -44,6 +44,8 @@ class Implicit(eqx.Module, Generic[P, R]):
     """The original function; its own leaves may be quantized too."""
     implementation: str | None = eqx.field(static=True, default=None)
     """The preferred implementation of products."""
+    activations: Any = eqx.field(static=True, default=None)
+    """How products round what quantized arrays are multiplied with."""
 
     @property
     def __wrapped__(self) -> Callable[P, R]:
@@ -65,7 +67,7 @@ class Implicit(eqx.Module, Generic[P, R]):
 
         arrays = [leaves[i] for i in traced]
         jaxpr = jax.make_jaxpr(on_logical_arrays)(*map(_logical, arrays))
-        with preferring(self.implementation):
+        with preferring(self.implementation, self.activations):
             results = map(_as_array, evaluate(jaxpr, arrays))
         out_treedef, out_leaves = results_like
         return jtu.tree_unflatten(
@@ -73,7 +75,9 @@ class Implicit(eqx.Module, Generic[P, R]):
         )
 
 
-def implicit(f: Callable[P, R], *, implementation: str | None = None) -> Implicit[P, R]:
+def implicit(
+    f: Callable[P, R], *, implementation: str | None = None, activations: Any = None
+) -> Implicit[P, R]:
     """Makes `f` accept quantized arrays wherever it takes arrays.
 
     `f` is traced once, with each quantized array appearing as an ordinary traced array of its
@@ -89,6 +93,8 @@ def implicit(f: Callable[P, R], *, implementation: str | None = None) -> Implici
         [`quantized_dot_general`][eqquant.kernels.quantized_dot_general], by name. Products go by it
         wherever it computes them, runs on the platform that the program is compiled for, and is no loss
         by what is known; by default, and elsewhere, by the one that serves best.
+    - `activations`: how products with quantized arrays of integers round the other operand: `"float"`, `"int8"` or
+        [`Int8Blocks`][eqquant.kernels.Int8Blocks], as `quantized_dot_general` has it; by default as each array asks.
 
     **Returns:** a module that is called as `f` is. It is a pytree that holds `f`:
     `eqx.filter_jit(implicit(model))(x)` passes the weights of `model` as arguments. (With
@@ -99,7 +105,7 @@ def implicit(f: Callable[P, R], *, implementation: str | None = None) -> Implici
     Arrays are traced, as under `jax.jit`; Python numbers are not.
 
     **Raises:** `TypeError` if `f` is not callable; when a product is traced, `ValueError` if there is no
-    implementation of the name given.
+    implementation of the name given, or if there are no such activations.
 
     !!! example
 
@@ -118,7 +124,7 @@ def implicit(f: Callable[P, R], *, implementation: str | None = None) -> Implici
         # Equinox doubts `implicit(jax.vmap(model))`, whose weights are captured by closure. That is
         # right here too; where it makes them dense, the warning of that place says so.
         warnings.filterwarnings("ignore", "(?s).*assigning a JAX-transformed callable")
-        return Implicit(f, implementation)
+        return Implicit(f, implementation, activations)
 
 
 def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:

@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._transposed import column_major
-from .formats import Array1B, Array8B, ArrayNF4, RSROperatorBinary, RSROperatorTernary
+from .formats import (
+    Array1B,
+    Array8B,
+    ArrayFP8,
+    ArrayInt4,
+    ArrayNF4,
+    ArrayNVFP4,
+    RSROperatorBinary,
+    RSROperatorTernary,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +88,11 @@ _ENTRIES = [
     Quantizer("nf4", ArrayNF4, bits=4.5, sqnr_db=20.73, packed=2, block_size=64),
     Quantizer("nf4 double", ArrayNF4, {"double": True}, bits=4.13, sqnr_db=20.73, packed=2, block_size=64, variant="double"),
     Quantizer("nf4 search", ArrayNF4, {"scale": "search"}, bits=4.5, sqnr_db=21.40, packed=2, block_size=64, variant="search", like="nf4"),
+    Quantizer("int4", ArrayInt4, bits=4.5, packed=2, block_size=64),
+    Quantizer("int4 affine", ArrayInt4, {"zero": "affine"}, bits=5.0, packed=2, block_size=64, variant="affine"),
+    Quantizer("int4 search", ArrayInt4, {"scale": "search"}, bits=4.5, packed=2, block_size=64, variant="search", like="int4"),
+    Quantizer("nvfp4", ArrayNVFP4, bits=4.51, packed=2, block_size=16),
+    Quantizer("fp8", ArrayFP8, bits=8.01),
     Quantizer("ternary", Array1B, bits=1.61, sqnr_db=_TERNARY_DB, packed=5, variant="ternary"),
     Quantizer("ternary least squares", Array1B, {"scale": "least_squares"}, bits=1.61, sqnr_db=7.208, packed=5, variant="least squares", like="ternary"),
     Quantizer("binary", Array1B, {"levels": "binary"}, bits=1.01, sqnr_db=4.396, packed=8, variant="binary"),

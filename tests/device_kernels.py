@@ -1,6 +1,5 @@
 """What the tests of the kernels for GPUs and for TPUs share: they run here by interpretation, or are lowered only."""
 
-import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,10 +11,10 @@ import numpy as np
 import pytest
 
 import eqquant as eqq
-from eqquant.kernels.matmul.reference import Axes
+from eqquant.kernels.matmul import choice
+from eqquant.kernels.matmul.axes import Axes
+from eqquant.kernels.matmul.product import Product, Target
 
-
-choice = importlib.import_module("eqquant.kernels.matmul.choice")
 
 LAST, FIRST = Axes((1,), (1,), (), ()), Axes((1,), (0,), (), ())
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -40,12 +39,12 @@ def interpreted(
     """On CPU, the implementation of this name runs by interpretation; its calls are listed."""
     calls = []
 
-    def run(x: Any, w: Any, **options: Any) -> Any:
-        calls.append((x.shape, options["axes"].w_contract))
-        return kernel(x, w, **options, interpret=True)
+    def run(product: Product, target: Target) -> Any:
+        calls.append((product.x.shape, product.axes.w_contract))
+        return kernel(product, target, interpret=True)
 
-    monkeypatch.setitem(choice.IMPLEMENTATIONS, name, run)
-    monkeypatch.setitem(choice.PLATFORMS, name, ("cpu",))
+    here = choice.IMPLEMENTATIONS[name]._replace(run=run, platforms=("cpu",))
+    monkeypatch.setitem(choice.IMPLEMENTATIONS, name, here)
     yield calls
     jax.clear_caches()
 

@@ -129,8 +129,9 @@ def weights_of_a_step(operands: Any, case: Case) -> float:
     import jax
     import jax.numpy as jnp
 
+    from eqquant.kernels.matmul.axes import Axes
     from eqquant.kernels.matmul.gpu import kernel, product
-    from eqquant.kernels.matmul.reference import Axes
+    from eqquant.kernels.matmul.product import Product, Target
 
     seen: list[float] = []
 
@@ -143,10 +144,7 @@ def weights_of_a_step(operands: Any, case: Case) -> float:
     run, kernel.product = kernel.product, look
     axes = Axes((1,), (int(case.last),), (), ())
     try:
-        jax.eval_shape(
-            lambda x, w: product.gpu(x, w, axes=axes, precision=None, accumulate=jnp.float32),
-            *operands,
-        )
+        jax.eval_shape(lambda x, w: product.compute(Product(x, w, axes), Target("cuda")), *operands)
     finally:
         kernel.product = run
     return seen[0]

@@ -37,8 +37,9 @@ def test_it_checks_and_measures(bench, monkeypatch, capsys):
 
 
 def test_nothing_is_measured_where_the_kernel_is_wrong(bench, monkeypatch, capsys):
-    right = bench.gpu
-    monkeypatch.setattr(bench, "gpu", lambda *args, **options: 1.5 * right(*args, **options))
+    right = bench.gpu.compute
+    wrong = lambda *args, **options: 1.5 * right(*args, **options)  # noqa: E731
+    monkeypatch.setattr(bench.gpu, "compute", wrong)
     with pytest.raises(SystemExit, match="the kernel is wrong here"):
         bench.main([*SMALL, "--orientations", "last"])
     assert "WRONG: ArrayNF4" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """The kernel for GPUs: interpreted against float64, lowered for CUDA, chosen where it serves."""
 
 import contextlib
-import importlib
 import re
 from functools import partial
 from typing import Any
@@ -29,15 +28,14 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, Partition
 
 import eqquant as eqq
 from eqquant.kernels import quantized_dot_general
-from eqquant.kernels.matmul import choose, gpu
-from eqquant.kernels.matmul.gpu import supports
+from eqquant.kernels.matmul.axes import Axes
+from eqquant.kernels.matmul.choice import choose
+from eqquant.kernels.matmul.gpu import blocks, kernel, product as gpu
 from eqquant.kernels.matmul.gpu.blocks import Blocks, blocks_for, Case
-from eqquant.kernels.matmul.reference import Axes
+from eqquant.kernels.matmul.product import Product, Target
 from eqquant.testing import LAYOUTS
 from eqquant.tiles import Packing, Tile
 
-
-blocks = importlib.import_module("eqquant.kernels.matmul.gpu.blocks")
 
 FORMATS = {
     "nf4": LAYOUTS["nf4"],
@@ -68,6 +66,10 @@ def operands(format: str, shape: Any, axes: Axes, dtype: Any) -> tuple[jax.Array
     return jnp.asarray(rng.normal(size=(rows, weight[axes.w_contract[0]])), dtype), w
 
 
+def run(x: Any, w: Any, axes: Axes, blocks: Blocks | None = None) -> Any:
+    return gpu.compute(Product(x, w, axes), Target(), blocks=blocks, interpret=True)
+
+
 # ------------------------------------------------------------------------------------- values
 
 
@@ -78,19 +80,17 @@ def test_interpreted(format, axes):
     number = list(FORMATS).index(format) + 5 * (axes == FIRST)
     shape, dtype = SHAPES[number % len(SHAPES)], FLOATS[number % len(FLOATS)]
     x, w = operands(format, shape, axes, dtype)
-    assert supports(x, w, axes, jnp.float32)
-    run = partial(gpu, axes=axes, precision=None, accumulate=jnp.float32, interpret=True)
-    y = run(x, w)
+    assert gpu.supports(Product(x, w, axes))
+    y = run(x, w, axes)
     assert y.dtype == jnp.float32
     check(y, x, w, axes)
 
 
 @pytest.mark.parametrize("split", [1, 3, 8])
 def test_partial_sums(monkeypatch, split):
-    product = importlib.import_module("eqquant.kernels.matmul.gpu.product")
-    monkeypatch.setattr(product, "splits_for", lambda *sizes: split)
+    monkeypatch.setattr(gpu, "splits_for", lambda *sizes: split)
     x, w = operands("nf4", (5, 33, 500), LAST, jnp.bfloat16)
-    y = gpu(x, w, axes=LAST, precision=None, accumulate=jnp.float32, interpret=True)
+    y = run(x, w, LAST)
     check(y, x, w, LAST)
 
 
@@ -98,14 +98,13 @@ def test_partial_sums(monkeypatch, split):
 @each_orientation
 def test_any_block_sizes(sizes, axes):
     x, w = operands("nf4", (20, 70, 140), axes, jnp.bfloat16)
-    options = dict(precision=None, accumulate=jnp.float32, interpret=True)
-    check(gpu(x, w, axes=axes, blocks=Blocks(*sizes), **options), x, w, axes)
+    check(run(x, w, axes, Blocks(*sizes)), x, w, axes)
 
 
 def test_float16_is_not_scaled_out_of_its_range():
     x, w = operands("int8", (2, 64, 32), FIRST, jnp.float16)
     tiny = eqx.tree_at(lambda w: w.scale, w, w.scale * 1e-6)
-    y = gpu(x, tiny, axes=FIRST, precision=None, accumulate=jnp.float32, interpret=True)
+    y = run(x, tiny, FIRST)
     want = np.asarray(x, np.float64) @ (np.asarray(tiny.scale) * np.asarray(tiny.weight))
     np.testing.assert_allclose(y, want, rtol=0.01, atol=1e-3 * np.abs(want).max())
 
@@ -113,7 +112,7 @@ def test_float16_is_not_scaled_out_of_its_range():
 def test_a_block_that_is_not_finite_stays_where_it_is():
     x, w = operands("nf4", (2, 40, 128), LAST, jnp.bfloat16)
     w = eqx.tree_at(lambda w: w.absmax, w, w.absmax.at[7, 1].set(jnp.nan))
-    y = gpu(x, w, axes=LAST, precision=None, accumulate=jnp.float32, interpret=True)
+    y = run(x, w, LAST)
     assert (np.isnan(np.asarray(y)) == (np.arange(40) == 7)).all()
 
 
@@ -143,7 +142,6 @@ class Registers(dict):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_levels_by_permutation(dtype):
     # The interpreter has no assembly: here are all bytes through it, four at a time.
-    kernel = importlib.import_module("eqquant.kernels.matmul.gpu.kernel")
     levels = np.asarray(eqq.ArrayNF4.codebook, np.float32).astype(dtype)
     words = np.asarray(kernel._words(eqq.ArrayNF4.codebook, dtype)).view(np.uint32)
     stored = np.random.default_rng(0).permutation(np.repeat(np.arange(256, dtype=np.uint8), 4))
@@ -160,7 +158,7 @@ def test_levels_by_permutation(dtype):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    yield from device_kernels.interpreted(monkeypatch, "gpu", gpu)
+    yield from device_kernels.interpreted(monkeypatch, "gpu", gpu.compute)
 
 
 def by_kernel(x: Any, w: Any) -> Any:
@@ -346,31 +344,32 @@ def test_an_unknown_gpu_gets_what_xla_makes():
 
 def test_where_it_is_chosen():
     def chosen(
-        format: str, rows: int, axes: Axes = LAST, dtype: Any = jnp.bfloat16, **how: Any
+        format: str,
+        rows: int,
+        axes: Axes = LAST,
+        dtype: Any = jnp.bfloat16,
+        preferred: Any = "gpu",
+        partitioned: bool = False,
     ) -> str:
         w = large(format, dtype)
         x = jax.ShapeDtypeStruct((rows, w.shape[axes.w_contract[0]]), dtype)
-        names, how = [], dict(preferred="gpu") | how
-        jax.eval_shape(
-            lambda x, w: names.append(choose("cuda", x, w, axes, jnp.float32, **how)), x, w
-        )
-        return names[0]
+        return choose(Product(x, w, axes), Target("cuda", partitioned), preferred)
 
     assert {chosen("nf4", rows) for rows in (1, 16, 200)} == {"gpu"}
     assert {chosen(format, 1, axes) for format in ("ternary", "nf4") for axes in (LAST, FIRST)} == {
         "gpu"
     }
     assert chosen("int8 in blocks", 1) == "gpu"
-    assert chosen("int8", 1) == chosen("int8", 1, FIRST) == "fused"  # XLA reads it as it is
-    assert chosen("nf4", 1000) == "fused"
+    assert chosen("int8", 1) == chosen("int8", 1, FIRST) == "xla"  # XLA reads it as it is
+    assert chosen("nf4", 1000) == "xla"
     assert chosen("nf4", 16, dtype=jnp.float32) == "gpu"
-    assert chosen("nf4", 17, dtype=jnp.float32) == "fused"
-    assert chosen("nf4", 1, plain=True) == "fused"
+    assert chosen("nf4", 17, dtype=jnp.float32) == "xla"
+    assert chosen("nf4", 1, partitioned=True) == "xla"
     x, w = jnp.ones((1, 8)), eqq.ArrayNF4.quantize(jnp.ones((4, 8)))
-    assert choose("cuda", x, w, LAST, jnp.float32, preferred="gpu") == "fused"  # small
-    assert chosen("nf4", 1, preferred=None) == "fused"
+    assert choose(Product(x, w, LAST), Target("cuda"), "gpu") == "xla"  # small
+    assert chosen("nf4", 1, preferred=None) == "xla"
     assert chosen("nf4", 1, preferred="tiled") == "tiled"
-    assert chosen("nf4", 1, preferred="integer") == chosen("nf4", 1, preferred="tpu") == "fused"
+    assert chosen("nf4", 1, preferred="int8_digits") == chosen("nf4", 1, preferred="tpu") == "xla"
 
 
 class Nibbles(eqq.AbstractScaledArray):
@@ -407,21 +406,22 @@ def test_a_format_of_somebody_elses(axes):
     x = jnp.asarray(
         np.random.default_rng(1).normal(size=(3, w.shape[axes.w_contract[0]])), jnp.float32
     )
-    assert supports(x, w, axes, jnp.float32)
-    check(gpu(x, w, axes=axes, precision=None, accumulate=jnp.float32, interpret=True), x, w, axes)
+    assert gpu.supports(Product(x, w, axes))
+    check(run(x, w, axes), x, w, axes)
 
 
 def test_what_it_does_not_compute():
+    def supports(x: Any, w: Any, axes: Axes = LAST, accumulate: Any = jnp.float32) -> bool:
+        return gpu.supports(Product(x, w, axes, accumulate=accumulate))
+
     x, w = jnp.ones((2, 8), jnp.float32), eqq.ArrayNF4.quantize(jnp.ones((4, 8)))
-    assert supports(x, w, LAST, jnp.float32)
-    assert not supports(x, w, LAST, jnp.float64)
-    assert not supports(x, w, Axes((0, 1), (0, 1), (), ()), jnp.float32)
-    assert not supports(jnp.ones((4, 8)), w, Axes((1,), (1,), (0,), (0,)), jnp.float32)
-    assert not supports(x[:0], w, LAST, jnp.float32)
-    assert not supports(
-        x[0], eqq.ArrayNF4.quantize(jnp.ones(8)), Axes((0,), (0,), (), ()), jnp.float32
-    )
-    assert not supports(jnp.ones((2, 8)), nibbles(Sorted, (4, 8)), LAST, jnp.float32)
+    assert supports(x, w)
+    assert not supports(x, w, accumulate=jnp.float64)
+    assert not supports(x, w, Axes((0, 1), (0, 1), (), ()))
+    assert not supports(jnp.ones((4, 8)), w, Axes((1,), (1,), (0,), (0,)))
+    assert not supports(x[:0], w)
+    assert not supports(x[0], eqq.ArrayNF4.quantize(jnp.ones(8)), Axes((0,), (0,), (), ()))
+    assert not supports(x, nibbles(Sorted, (4, 8)))
 
 
 def test_block_sizes_measured_on_a_device_come_first(monkeypatch):
@@ -443,11 +443,11 @@ def test_an_implementation_by_name():
     def run(x: Any, w: Any, implementation: Any = None) -> Any:
         return quantized_dot_general(x, w, contract, implementation=implementation)
 
-    for name in ("reference", "fused", "tiled", None):
+    for name in ("reference", "xla", "fused", "tiled", None):
         check(run(x, w, name), x, w, LAST)
-    assert "quantized_dot_general_fused" in run.lower(x, w, "fused").as_text(debug_info=True)
+    assert "quantized_dot_general_xla" in run.lower(x, w, "fused").as_text(debug_info=True)
     ints = eqq.Array8B.quantize(jnp.ones((33, 70)))
-    check(run(x, ints, "integer"), x, ints, LAST)
+    check(run(x, ints, "int8_digits"), x, ints, LAST)
     # The backward product is not one of those that it computes.
     gradient = jax.grad(lambda x: run(x, ints, "integer").sum())(x)
     np.testing.assert_allclose(gradient, jnp.broadcast_to(33.0, x.shape), rtol=1e-5)
@@ -480,8 +480,8 @@ def test_a_preference_goes_with_the_weights():
     def kernels(f: Any) -> list[str]:
         return [row.kernel for row in eqq.audit(f).rows if row.kernel]
 
-    inner = partial(device_kernels.dot, x, implementation="fused")
-    assert kernels(lambda: inner(w)) == ["fused"]
+    inner = partial(device_kernels.dot, x, implementation="xla")
+    assert kernels(lambda: inner(w)) == ["xla"]
     assert kernels(lambda: eqq.implicit(inner, implementation="reference")(w)) == ["reference"]
     assert kernels(lambda: eqq.implicit(inner)(w)) == ["tiled"]  # `inner` sees no quantized array
     with pytest.raises(ValueError, match="implementation must be 'reference', .*it is 'quick'"):
@@ -492,16 +492,16 @@ def test_an_implementation_that_does_not_serve():
     x, w = operands("nf4", (2, 33, 70), LAST, jnp.float32)
     run = partial(quantized_dot_general, x, w, (((1,), (1,)), ((), ())))
     with pytest.raises(
-        ValueError, match="implementation must be 'reference', 'fused'.*'gpu', 'tpu'; it is 'quick'"
+        ValueError, match="implementation must be 'reference', 'xla'.*'gpu', 'tpu'; it is 'quick'"
     ):
         run(implementation="quick")
     with pytest.raises(
-        ValueError, match=r"'integer' does not compute .*ArrayNF4 .*'gpu', 'tpu' would"
+        ValueError, match=r"'int8_digits' does not compute .*ArrayNF4 .*'gpu', 'tpu' would"
     ):
-        run(implementation="integer")
+        run(implementation="int8_digits")
     stack = eqq.Array8B.quantize(jnp.ones((2, 33, 70)))  # vmap adds an axis
-    by_integers = partial(run.func, dimension_numbers=run.args[2], implementation="integer")
-    with pytest.raises(ValueError, match=r"'integer' does not compute .*\[2, 33, 70\]"):
+    by_integers = partial(run.func, dimension_numbers=run.args[2], implementation="int8_digits")
+    with pytest.raises(ValueError, match=r"'int8_digits' does not compute .*\[2, 33, 70\]"):
         jax.vmap(by_integers)(jnp.stack([x, x]), stack)
     with pytest.raises(ValueError, match="'gpu' runs on cuda, but not in a program for cpu"):
         run(implementation="gpu")
@@ -510,17 +510,17 @@ def test_an_implementation_that_does_not_serve():
 def test_the_audit_names_the_kernel():
     linear = eqq.quantize(eqx.nn.Linear(1024, 1024, key=jax.random.key(0)), eqq.ArrayNF4.quantize)
     x = jnp.ones(1024)
-    by_default = {None: "tiled", "cpu": "tiled", "cuda": "fused", "tpu": "fused"}
+    by_default = {None: "tiled", "cpu": "tiled", "cuda": "xla", "tpu": "xla"}
     for preferred, kernels in {
         None: by_default,
         "gpu": by_default | {"cuda": "gpu"},
         "tpu": by_default | {"tpu": "tpu"},
         "reference": dict.fromkeys(by_default, "reference"),
     }.items():
-        for platform, kernel in kernels.items():
+        for platform, name in kernels.items():
             model = eqq.implicit(linear, implementation=preferred)
             found = eqq.audit(model, x, platform=platform)
-            assert [row.kernel for row in found.rows] == [kernel]
-            assert kernel in str(found)
+            assert [row.kernel for row in found.rows] == [name]
+            assert name in str(found)
     found = eqq.audit(lambda x: linear.weight.T, x)
     assert [row.kernel for row in found.rows] == [""]

@@ -1,6 +1,5 @@
 """Products in half precision: where nothing is lost, and in layouts that XLA for CPU can multiply."""
 
-import importlib
 import itertools
 from functools import partial
 
@@ -10,20 +9,19 @@ import numpy as np
 import pytest
 
 import eqquant as eqq
-from eqquant.kernels.matmul import fused, tiled
-from eqquant.kernels.matmul.reference import Axes
+from eqquant.kernels.matmul import xla
+from eqquant.kernels.matmul.axes import Axes
+from eqquant.kernels.matmul.cpu import tiled
+from eqquant.kernels.matmul.product import Product, Target
 
 
 pytestmark = pytest.mark.usefixtures("fully_optimized")
 
 
-tiling = importlib.import_module("eqquant.kernels.matmul.tiled")
-
-
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch):
     """Tiny operands go the way of large ones: in pieces."""
-    monkeypatch.setattr(tiling, "SMALL_BYTES", 0)
+    monkeypatch.setattr(tiled, "SMALL_BYTES", 0)
 
 
 @pytest.mark.parametrize(
@@ -44,15 +42,16 @@ def everything_is_large(monkeypatch):
         (eqq.Array8B.quantize, jnp.bfloat16, jnp.float32, "f32"),
     ],
 )
-@pytest.mark.parametrize("implementation", [fused, tiled], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("implementation", [xla, tiled], ids=["xla", "tiled"])
 def test_half_precision_is_multiplied_where_that_loses_nothing(
     implementation, how, w_dtype, x_dtype, operands
 ):
     rng = np.random.default_rng(6)
     w = how(jnp.asarray(rng.normal(size=(6, 80)), jnp.float32), dtype=w_dtype)
     x = jnp.asarray(rng.normal(size=(4, 80)), x_dtype)
-    options = {"axes": Axes((1,), (1,), (), ()), "precision": None, "accumulate": jnp.float32}
-    lowered = jax.jit(partial(implementation, **options)).lower(x, w)
+    axes = Axes((1,), (1,), (), ())
+    run = jax.jit(lambda x, w: implementation.compute(Product(x, w, axes), Target()))
+    lowered = run.lower(x, w)
     dots = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
     assert dots and all(f"x{operands}>, tensor" in line and line.endswith("xf32>") for line in dots)
     y = lowered.compile()(x, w)

@@ -49,15 +49,6 @@ MAY_IMPORT = {
     "__init__": "_array _audit _daylight _dispatch _implicit _implicit_array _matmul _model _report _scaled _training "
     "_transposed formats lora rules",
 }
-# Imports that close a circle between files, as (importer, imported). To be empty: remove what is mended.
-KNOWN_CIRCLES = {("kernels.matmul.tpu.kernel", "kernels.matmul.tpu.product")}  # it takes MAX_ROWS
-# Functions that a package exports under the name of a module. To be empty, too: the implementations are
-# called as the files that hold them.
-KNOWN_NAMESAKES = {
-    "eqquant.kernels.matmul": {"fused", "gpu", "integer", "reference", "tables", "tiled", "tpu"},
-    "eqquant.kernels.matmul.gpu": {"gpu"},
-    "eqquant.kernels.matmul.tpu": {"tpu"},
-}
 PRIVATE = re.compile(r"^(jax\._src|equinox\._|plum\._)")
 FORBIDDEN_TEXT = {
     "a path of a machine": re.compile(r"(?<![\w./~-])/(work|root|home|Users|opt|tmp|mnt)/\w"),
@@ -137,10 +128,6 @@ def circle(graph: dict[str, set[str]]) -> list[str] | None:
 
 def test_no_files_import_each_other() -> None:
     graph = {module: imported_files(module) for module in MODULES}
-    gone = {(a, b) for a, b in KNOWN_CIRCLES if b not in graph.get(a, ())}
-    assert not gone, f"KNOWN_CIRCLES names imports that do not exist: {gone}"
-    for importer, imported in KNOWN_CIRCLES:
-        graph[importer].remove(imported)
     found = circle(graph)
     assert found is None, f"these import each other: {' -> '.join(found or ())}"
 
@@ -167,8 +154,7 @@ def test_no_public_module_has_the_name_of_a_function(package: str) -> None:
         if not name.startswith("_") and callable(value)
     }
     modules = {part for module in MODULES for part in module.split(".") if part[0] != "_"}
-    known = KNOWN_NAMESAKES.get(package, set())
-    assert exported & modules == known, f"{package} exports functions with the names of modules"
+    assert not exported & modules, f"{package} exports functions with the names of modules"
 
 
 def test_every_line_of_the_table_is_a_module() -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import eqquant as eqq
-from eqquant.kernels.matmul import integer
-from eqquant.kernels.matmul.integer import supports
-from eqquant.kernels.matmul.reference import Axes
+from eqquant.kernels.matmul import int8_digits
+from eqquant.kernels.matmul.axes import Axes
+from eqquant.kernels.matmul.product import Product, Target
 from eqquant.testing import QUANTIZERS
 
 
@@ -25,8 +25,8 @@ each_of_integers = pytest.mark.parametrize("name", INTEGERS)
 
 def by_digits(x: jax.Array, w: Any) -> Any:
     axes = Axes((x.ndim - 1,), (w.ndim - 1,), (), ())
-    assert supports(x, w, axes, jnp.float32)
-    return jax.jit(partial(integer, axes=axes, precision=None, accumulate=jnp.float32))(x, w)
+    assert int8_digits.supports(Product(x, w, axes))
+    return jax.jit(lambda x, w: int8_digits.compute(Product(x, w, axes), Target()))(x, w)
 
 
 @each_of_integers
@@ -38,6 +38,7 @@ def by_digits(x: jax.Array, w: Any) -> Any:
         ((2, 3, 40), (4, 5, 40)),
         ((2, 1), (3, 1)),
         ((0, 4), (2, 4)),
+        ((2, 4), (0, 4)),
     ],
     ids=str,
 )
@@ -84,14 +85,18 @@ def test_small_digits_are_not_lost_below_the_smallest_normal_number():
 
 
 def test_where_digits_serve():
-    x, w = jnp.ones((2, 4)), eqq.Array8B.quantize(jnp.ones((4, 4)))
     last, first = Axes((1,), (1,), (), ()), Axes((1,), (0,), (), ())
-    assert supports(x, w, last, jnp.float32)
-    assert not supports(x, w, first, jnp.float32)
-    assert not supports(x, w, last, jnp.float64)
-    assert not supports(x, eqq.Array8B.quantize(jnp.ones((4, 4)), axis=0), last, jnp.float32)
-    assert not supports(x, eqq.Array8B.quantize(jnp.ones((4, 4)), block_size=2), last, jnp.float32)
-    assert not supports(x, eqq.ArrayNF4.quantize(jnp.ones((4, 4))), last, jnp.float32)
+
+    def supports(x: Any, w: Any, axes: Axes = last, accumulate: Any = jnp.float32) -> bool:
+        return int8_digits.supports(Product(x, w, axes, accumulate=accumulate))
+
+    x, w = jnp.ones((2, 4)), eqq.Array8B.quantize(jnp.ones((4, 4)))
+    assert supports(x, w)
+    assert not supports(x, w, first)
+    assert not supports(x, w, accumulate=jnp.float64)
+    assert not supports(x, eqq.Array8B.quantize(jnp.ones((4, 4)), axis=0))
+    assert not supports(x, eqq.Array8B.quantize(jnp.ones((4, 4)), block_size=2))
+    assert not supports(x, eqq.ArrayNF4.quantize(jnp.ones((4, 4))))
     # Sums of so many products of 8-bit numbers do not fit into 32 bits.
     long = jnp.ones((1, 140000))
-    assert not supports(long, eqq.Array8B.quantize(long), last, jnp.float32)
+    assert not supports(long, eqq.Array8B.quantize(long))

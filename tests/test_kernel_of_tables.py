@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import eqquant as eqq
-from eqquant.kernels.matmul import tables
-from eqquant.kernels.matmul.reference import Axes
-from eqquant.kernels.matmul.tables import supports
+from eqquant.kernels.matmul.axes import Axes
+from eqquant.kernels.matmul.cpu import tables
+from eqquant.kernels.matmul.product import Product, Target
 from eqquant.testing import QUANTIZERS
 
 
@@ -28,10 +28,14 @@ each_format = pytest.mark.parametrize("name", PACKED)
 FIRST = Axes((1,), (0,), (), ())
 
 
+def supports(x: Any, w: Any, axes: Axes = FIRST) -> bool:
+    return tables.supports(Product(x, w, axes))
+
+
 def by_tables(x: jax.Array, w: Any) -> Any:
     axes = Axes((x.ndim - 1,), (0,), (), ())
-    assert supports(x, w, axes, jnp.float32)
-    return jax.jit(partial(tables, axes=axes, precision=None, accumulate=jnp.float32))(x, w)
+    assert supports(x, w, axes)
+    return jax.jit(lambda x, w: tables.compute(Product(x, w, axes), Target()))(x, w)
 
 
 def integers(*shape: int) -> jax.Array:
@@ -90,8 +94,8 @@ def test_where_tables_serve():
     ones, x = jnp.ones((16, 4)), jnp.ones((2, 16))
     binary = partial(eqq.Array1B.quantize, levels="binary")
     for w in (binary(ones, axis=0), eqq.ArrayNF4.quantize(ones, axis=0, block_size=8)):
-        assert supports(x, w, FIRST, jnp.float32)
-    assert supports(x, eqq.RSROperatorBinary.quantize(ones.T).T, FIRST, jnp.float32)
+        assert supports(x, w)
+    assert supports(x, eqq.RSROperatorBinary.quantize(ones.T).T)
     for w in (
         binary(ones),  # packed along the outputs
         eqq.Array8B.quantize(ones, axis=0),  # not packed
@@ -99,9 +103,9 @@ def test_where_tables_serve():
         eqq.RSROperatorBinary.quantize(ones.T, k=11).T,  # codes of two bytes
         eqq.RSROperatorTernary.quantize(ones.T).T,  # two payloads
     ):
-        assert not supports(x, w, FIRST, jnp.float32)
-    assert not supports(jnp.ones((2, 4)), binary(ones.T).T, Axes((1,), (1,), (), ()), jnp.float32)
-    assert not supports(jnp.ones((0, 16)), binary(ones, axis=0), FIRST, jnp.float32)
+        assert not supports(x, w)
+    assert not supports(jnp.ones((2, 4)), binary(ones.T).T, Axes((1,), (1,), (), ()))
+    assert not supports(jnp.ones((0, 16)), binary(ones, axis=0))
 
 
 def program(rows: int, outputs: int, how: Any) -> str:

@@ -1,6 +1,5 @@
 """The products behind `dot_general`, against float64 and against each other."""
 
-import importlib
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -20,16 +19,14 @@ from jax import lax
 
 import eqquant as eqq
 from eqquant.kernels import quantized_dot_general
-from eqquant.kernels.matmul import fused, reference, tiled
-from eqquant.kernels.matmul.reference import Axes
+from eqquant.kernels.matmul import product as records, reference, xla
+from eqquant.kernels.matmul.axes import Axes
+from eqquant.kernels.matmul.cpu import choice, tiled
 from eqquant.testing import DTYPES, generator
 
 
 pytestmark = pytest.mark.usefixtures("fully_optimized")
 
-
-tiling = importlib.import_module("eqquant.kernels.matmul.tiled")
-choice = importlib.import_module("eqquant.kernels.matmul.cpu")
 
 each_format = pytest.mark.parametrize("format", STRATEGIES)
 
@@ -37,7 +34,11 @@ each_format = pytest.mark.parametrize("format", STRATEGIES)
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch):
     """Tiny operands go the way of large ones: in pieces."""
-    monkeypatch.setattr(tiling, "SMALL_BYTES", 0)
+    monkeypatch.setattr(tiled, "SMALL_BYTES", 0)
+
+
+def name_of(module: Any) -> str:
+    return module.__name__.rpartition(".")[2]
 
 
 # --------------------------------------------------------------------------- drawing a product
@@ -57,6 +58,10 @@ class Product(NamedTuple):
     def quantized(self, x: Any = None, w: Any = None, **options: Any) -> Any:
         x, w = self.x if x is None else x, self.w if w is None else w
         return quantized_dot_general(x, w, self.numbers, **options)
+
+    def by(self, implementation: Any, **options: Any) -> Any:
+        product = records.Product(self.x, self.w, Axes.of(self.numbers), **options)
+        return implementation.compute(product, records.Target())
 
     @property
     def terms(self) -> int:
@@ -137,15 +142,13 @@ def products(
 
 
 @each_format
-@pytest.mark.parametrize("implementation", [reference, fused, tiled], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("implementation", [reference, xla, tiled], ids=name_of)
 def test_every_implementation_is_the_product(implementation, format):
     @hypothesis.given(st.data())
     @examples(1.0)
     def holds(data: st.DataObject) -> None:
         product = data.draw(products(format))
-        axes = Axes.of(product.numbers)
-        options = {"axes": axes, "precision": None, "accumulate": jnp.float32}
-        product.check(implementation(product.x, product.w, **options))
+        product.check(product.by(implementation))
 
     holds()
 
@@ -216,16 +219,14 @@ def test_preferred_element_type_is_accumulated_in():
     np.testing.assert_allclose(y, 4096.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", [fused, tiled], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("implementation", [xla, tiled], ids=name_of)
 def test_float64(implementation):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         w = eqq.Array8B.quantize(jnp.asarray(rng.normal(size=(5, 7))), axis=0)
         assert w.dtype == jnp.float64
         product = Product(jnp.asarray(rng.normal(size=(3, 7))), w, (((1,), (1,)), ((), ())))
-        y = implementation(
-            product.x, w, axes=Axes.of(product.numbers), precision=None, accumulate=jnp.float64
-        )
+        y = product.by(implementation, accumulate=jnp.float64)
         assert y.dtype == product.quantized().dtype == jnp.float64
         bound = (
             11 * np.finfo(np.float64).eps * product.in_float64(abs(product.x), abs(w.materialize()))
@@ -274,7 +275,7 @@ SCALES = {
     + [(name, "blocks of every axis", 1000) for name in TILINGS],
 )
 def test_pieces_that_do_not_divide(monkeypatch, name, scale, tiles):
-    monkeypatch.setattr(tiling, "TILES", tiles)
+    monkeypatch.setattr(tiled, "TILES", tiles)
     shape, equation, x_shape = TILINGS[name]
     rng = np.random.default_rng(len(name))
     stored = [

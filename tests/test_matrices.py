@@ -9,10 +9,12 @@ from helpers import in_turns
 from jax import lax
 
 import eqquant as eqq
-from eqquant.kernels.matmul.matrices import by_matrices, holds_for_matrices
-from eqquant.kernels.matmul.reference import Axes, reference
+from eqquant.kernels.matmul import reference
+from eqquant.kernels.matmul.as_matrices import by_matrices, holds_for_matrices
+from eqquant.kernels.matmul.axes import Axes
+from eqquant.kernels.matmul.product import Product, Target
 from eqquant.testing import LAYOUTS
-from eqquant.tiles import Unaligned
+from eqquant.tiles import spread, Unaligned
 
 
 # Merged axes need scales of blocks, and whole tiles in 8 elements.
@@ -48,18 +50,19 @@ def test_by_matrices(case, format):
     x, w, axes = operands(case, FORMATS[format])
     sizes = []
 
-    def product(x: Any, w: Any, axis: int) -> Any:
+    def product(x: Any, w: Any, scale: Any, axis: int) -> Any:
         sizes.append(w.size)
         assert w.shape[axis] == x.shape[1]
-        return lax.dot_general(x, w.materialize(), (((1,), (axis,)), ((), ())))
+        values = w.values(jnp.float32) * (1 if scale is None else spread(scale))
+        return lax.dot_general(x, values, (((1,), (axis,)), ((), ())))
 
     y = by_matrices(product, x, w, axes)
-    want = reference(x, w, axes=axes, precision=None, accumulate=jnp.float32)
+    want = reference.compute(Product(x, w, axes), Target())
     assert y.shape == want.shape
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
     assert sizes == [w.size // PRODUCTS[case][-1]]
-    assert holds_for_matrices(lambda x, w, axis: True, x, w, axes)
-    assert not holds_for_matrices(lambda x, w, axis: False, x, w, axes)
+    assert holds_for_matrices(lambda *matrix: True, Product(x, w, axes), [jnp.float32])
+    assert not holds_for_matrices(lambda *matrix: False, Product(x, w, axes), [jnp.float32])
 
 
 OF_STACK = Axes((2,), (2,), (0,), (0,))
@@ -77,12 +80,13 @@ NO_MATRICES = {
 def test_no_matrices(case):
     x_shape, w_shape, axis, axes = NO_MATRICES[case]
     x, w = jnp.ones(x_shape), eqq.Array1B.quantize(jnp.ones(w_shape), axis=axis)
-    assert not holds_for_matrices(lambda x, w, axis: True, x, w, axes)
+    assert not holds_for_matrices(lambda *matrix: True, Product(x, w, axes), [jnp.float32])
     if w.size:
         with pytest.raises(Unaligned):
-            by_matrices(lambda x, w, axis: pytest.fail("no matrix"), x, w, axes)
+            by_matrices(lambda *matrix: pytest.fail("no matrix"), x, w, axes)
 
 
 def test_blocks_along_the_batch():
     w = eqq.Array8B.quantize(jnp.ones((4, 5, 32)), axis=0, block_size=2)
-    assert not holds_for_matrices(lambda x, w, axis: True, jnp.ones((4, 2, 32)), w, OF_STACK)
+    product = Product(jnp.ones((4, 2, 32)), w, OF_STACK)
+    assert not holds_for_matrices(lambda *matrix: True, product, [jnp.float32])

@@ -3,7 +3,6 @@
 In depth for one format; `test_sharding_formats.py` goes through all of them.
 """
 
-import importlib
 import pickle
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import eqquant as eqq
 import eqquant.kernels.convolution as convolution
+from eqquant.kernels.matmul.cpu import tiled
 
 
 ROWS, COLUMNS = 16, 32
@@ -498,7 +498,6 @@ def test_convolution_with_a_sharded_kernel(monkeypatch, names):
 def pieces(request, monkeypatch):
     """With and without the loop over pieces, whose carry has to vary over the mesh as it should."""
     if request.param:
-        tiled = importlib.import_module("eqquant.kernels.matmul.tiled")
         monkeypatch.setattr(tiled, "SMALL_BYTES", 0)
 
 

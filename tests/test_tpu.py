@@ -1,7 +1,6 @@
 """The kernel for TPUs: interpreted against float64, lowered, chosen where it serves. And what goes by XLA's own
 form, which is everything else."""
 
-import importlib
 import math
 import re
 from functools import partial
@@ -30,9 +29,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import eqquant as eqq
 from eqquant.kernels import quantized_dot_general
-from eqquant.kernels.matmul import choose, fused, tpu
-from eqquant.kernels.matmul.reference import Axes, reference
-from eqquant.kernels.matmul.tpu import supports
+from eqquant.kernels.matmul import reference, xla
+from eqquant.kernels.matmul.axes import Axes
+from eqquant.kernels.matmul.choice import choose
+from eqquant.kernels.matmul.product import Product, Target
+from eqquant.kernels.matmul.tpu import kernel, product as tpu
 from eqquant.testing import LAYOUTS
 
 
@@ -71,14 +72,13 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name, monkeypatch, capfd):
-    kernel = importlib.import_module("eqquant.kernels.matmul.tpu.kernel")
     monkeypatch.setattr(kernel, "STEP", 256)  # so that small weights take several
     rows, shape, axes, block_size, dtype, closely = CASES[name]
     w = nf4(shape, axes.w_contract[0], block_size, dtype)
     x = inputs(rows, w, axes)
-    assert supports(x, w, axes, jnp.float32)
+    assert tpu.supports(Product(x, w, axes))
     how = closely and pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    y = tpu(x, w, axes=axes, precision=None, accumulate=jnp.float32, interpret=how or True)
+    y = tpu.compute(Product(x, w, axes), Target(), interpret=how or True)
     assert y.dtype == jnp.float32
     check(y, x, w, axes)
     assert "RACE" not in "".join(capfd.readouterr()).upper()
@@ -87,15 +87,13 @@ def test_interpreted(name, monkeypatch, capfd):
 def test_an_output_that_is_not_finite_stays_where_it_is():
     w = nf4((40, 128), 1)
     w = eqx.tree_at(lambda w: w.absmax, w, w.absmax.at[7, 1].set(jnp.nan))
-    y = tpu(
-        inputs(2, w, LAST), w, axes=LAST, precision=None, accumulate=jnp.float32, interpret=True
-    )
+    y = tpu.compute(Product(inputs(2, w, LAST), w, LAST), Target(), interpret=True)
     assert (np.isnan(np.asarray(y)) == (np.arange(40) == 7)).all()
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    yield from device_kernels.interpreted(monkeypatch, "tpu", tpu)
+    yield from device_kernels.interpreted(monkeypatch, "tpu", tpu.compute)
 
 
 def by_kernel(x: Any, w: Any, axis: int = 1) -> Any:
@@ -121,6 +119,10 @@ def test_a_stack_of_matrices(interpreted, axis):
     assert interpreted == [((3, 2, (64, 128)[axis]), (1 + axis,))]
 
 
+def by_xla(platform: str | None, axes: Axes) -> Any:
+    return lambda x, w: xla.compute(Product(x, w, axes), Target(platform))
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("axes", [LAST, FIRST])
 @pytest.mark.parametrize(
@@ -137,12 +139,8 @@ def test_a_stack_of_matrices(interpreted, axis):
 def test_in_the_form_for_tpus(how, axes, rows):
     w = how(jnp.asarray(np.random.default_rng(0).normal(size=(200, 500)), jnp.float32))
     x = inputs(rows, w, axes)
-    options = dict(axes=axes, precision=None, accumulate=jnp.float32)
-    check(fused(x, w, for_tpu=True, **options), x, w, axes)
-    usual, form = (
-        str(jax.make_jaxpr(partial(fused, for_tpu=for_tpu, **options))(x, w))
-        for for_tpu in (False, True)
-    )
+    check(by_xla("tpu", axes)(x, w), x, w, axes)
+    usual, form = (str(jax.make_jaxpr(by_xla(platform, axes))(x, w)) for platform in (None, "tpu"))
     assert "gather" not in form and usual != form
 
 
@@ -158,11 +156,10 @@ def test_in_the_form_for_tpus(how, axes, rows):
 def test_a_row_beside_one_of_zeros(shape, axes):
     w = nf4((64, 96), 1, dtype=jnp.float32)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    options = dict(axes=axes, precision=None, accumulate=jnp.float32)
-    y, want = fused(x, w, for_tpu=True, **options), reference(x, w, **options)
+    y, want = by_xla("tpu", axes)(x, w), reference.compute(Product(x, w, axes), Target())
     assert y.shape == want.shape
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
-    products = str(jax.make_jaxpr(partial(fused, for_tpu=True, **options))(x, w))
+    products = str(jax.make_jaxpr(by_xla("tpu", axes))(x, w))
     assert ("f32[2," in products) != bool(axes.x_batch)  # where estimates are in favour
 
 
@@ -252,34 +249,40 @@ def test_in_shard_map_each_device_has_a_kernel(check_vma):
 
 
 def test_where_it_is_chosen():
-    def chosen(w: Any, rows: int = 1, axes: Axes = LAST, platform: str = "tpu", **how: Any) -> str:
+    def chosen(
+        w: Any,
+        rows: int = 1,
+        axes: Axes = LAST,
+        preferred: Any = "tpu",
+        platform: str = "tpu",
+        partitioned: bool = False,
+    ) -> str:
         x = jax.ShapeDtypeStruct((rows, w.shape[axes.w_contract[0]]), w.dtype)
-        names, how = [], dict(preferred="tpu") | how
-        jax.eval_shape(
-            lambda x, w: names.append(choose(platform, x, w, axes, jnp.float32, **how)), x, w
-        )
-        return names[0]
+        return choose(Product(x, w, axes), Target(platform, partitioned), preferred)
 
     assert chosen(large()) == chosen(large(), 256) == chosen(large(jnp.float32)) == "tpu"
     assert chosen(large(axis=0), axes=FIRST) == "tpu"
-    assert chosen(large(), 257) == chosen(large(), plain=True) == "fused"
-    assert chosen(large(), axes=FIRST) == chosen(large(shape=(64, 64))) == "fused"
-    assert chosen(large(), platform="cuda") == chosen(large(), preferred=None) == "fused"
+    assert chosen(large(), 257) == chosen(large(), partitioned=True) == "xla"
+    assert chosen(large(), axes=FIRST) == chosen(large(shape=(64, 64))) == "xla"
+    assert chosen(large(), platform="cuda") == chosen(large(), preferred=None) == "xla"
 
 
 def test_what_it_does_not_compute():
+    def supports(x: Any, w: Any, axes: Axes = LAST, accumulate: Any = jnp.float32) -> bool:
+        return tpu.supports(Product(x, w, axes, accumulate=accumulate))
+
     w = nf4((4, 128), 1)
     x = inputs(2, w, LAST)
-    assert supports(x, w, LAST, jnp.float32)
-    assert not supports(x, w, LAST, jnp.float64)
-    assert not supports(x.astype(jnp.float16), w, LAST, jnp.float32)
-    assert not supports(x[:0], w, LAST, jnp.float32)
-    assert not supports(x, w, Axes((0, 1), (0, 1), (), ()), jnp.float32)
-    assert not supports(x[:, :4], w, FIRST, jnp.float32)  # packed along the outputs
-    assert not supports(x, nf4((4, 128), 1, 8), LAST, jnp.float32)  # four bytes for a scale
-    assert not supports(x, nf4((4, 128), 1, 48), LAST, jnp.float32)
-    assert not supports(x, nf4((128, 4), 0, 32), FIRST, jnp.float32)
-    assert not supports(x, eqq.Array8B.quantize(jnp.ones((4, 128))), LAST, jnp.float32)
+    assert supports(x, w)
+    assert not supports(x, w, accumulate=jnp.float64)
+    assert not supports(x.astype(jnp.float16), w)
+    assert not supports(x[:0], w)
+    assert not supports(x, w, Axes((0, 1), (0, 1), (), ()))
+    assert not supports(x[:, :4], w, FIRST)  # packed along the outputs
+    assert not supports(x, nf4((4, 128), 1, 8))  # four bytes for a scale
+    assert not supports(x, nf4((4, 128), 1, 48))
+    assert not supports(x, nf4((128, 4), 0, 32), FIRST)
+    assert not supports(x, eqq.Array8B.quantize(jnp.ones((4, 128))))
 
 
 def test_asked_for_where_it_does_not_run():

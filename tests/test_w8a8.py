@@ -11,7 +11,7 @@ from helpers import normal
 from jax import lax
 
 import eqquant as eqq
-from eqquant.kernels.matmul.integer import rounded_rows
+from eqquant.kernels.activations import rounded_rows
 from eqquant.testing import LAYOUTS
 
 

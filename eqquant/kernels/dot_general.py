@@ -1,11 +1,7 @@
-"""The primitive `quantized_dot_general`: linear in `x`, so its residuals are the packed leaves.
+"""The product `quantized_dot_general`, and its primitive."""
 
-Which implementation runs is decided when it is lowered, for each platform.
-"""
-
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +9,16 @@ import jax.tree_util as jtu
 from jax import Array, lax
 
 from .. import _compat
-from .._compat import ad, batching, mlir
 from .._daylight import note_kernel
-from .._dispatch import preferred_implementation
+from .._dispatch import preferred_activations, preferred_implementation
 from .._scaled import AbstractScaledArray
-from ..tiles import spread
-from .matmul.choice import check, check_lowering, check_name, choose, computes, IMPLEMENTATIONS
-from .matmul.integer import DIGITS, rounded_rows
-from .matmul.reference import Axes
-
-
-quantized_dot_general_p = _compat.Primitive("quantized_dot_general")
-"""Operands: `x`, then the leaves of `w`. Parameters: the treedef of `w`, those of `lax.dot_general`,
-how many 8-bit digits the rows of `x` have, if they are integers up to a factor, the name of the
-implementation, or None, and that of the preferred one, or None. Result: batch axes, free axes of `x`, free axes of `w`."""
+from ..tiles import Leaf, spread
+from .activations import Int8Blocks, rounded
+from .linear import bind, linear_primitive
+from .matmul.axes import Axes
+from .matmul.choice import check, check_name, choose, IMPLEMENTATIONS
+from .matmul.product import DIGITS, Product, Target
+from .matmul.reference import dense
 
 
 def quantized_dot_general(
@@ -37,24 +29,30 @@ def quantized_dot_general(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
     implementation: str | None = None,
+    activations: str | Int8Blocks | None = None,
 ) -> Array:
     """`lax.dot_general(x, w.materialize(), ...)` without the dense weight.
 
     **Arguments:**
 
-    - `x`: a floating-point array. If `w.activations` is `"int8"`, it is rounded: the numbers that are
-        summed up together share a scale, the largest magnitude over 127.
+    - `x`: a floating-point array.
     - `w`: the quantized operand; all others as in `jax.lax.dot_general`.
     - `implementation`: by default the one that serves best where the program runs, or that
         [`implicit`][eqquant.implicit] was given. One of them by name,
-        `"reference"`, `"fused"`, `"tiled"`, `"integer"`, `"tables"`, `"gpu"` or `"tpu"`, also computes
+        `"reference"`, `"xla"`, `"tiled"`, `"int8_digits"`, `"tables"`, `"gpu"` or `"tpu"`, also computes
         the derivative in `x`, where it can.
+    - `activations`: how `x` is rounded: not at all (`"float"`); to 8 bits, where the numbers that are summed up
+        together share a scale, the largest magnitude over 127 (`"int8"`); or likewise with a scale for every so many
+        of them ([`Int8Blocks`][eqquant.kernels.Int8Blocks]). By default as [`implicit`][eqquant.implicit] was given,
+        or else as `w.activations` says. Derivatives are those without rounding. Where the values of `w` are
+        no integers (`ArrayNF4`), `x` stays as it is.
 
     **Returns:** an array of the shape and dtype that `jax.lax.dot_general` gives. Sums are
     accumulated in float32 (float64 if an operand is).
 
     **Raises:** `ValueError` if there is no implementation of that name, or if it does not compute this
-    product or does not run where the program is compiled for.
+    product or does not run where the program is compiled for; or if there are no such activations, or blocks of
+    them are asked for in a sum along several axes.
 
     !!! example
 
@@ -68,276 +66,141 @@ def quantized_dot_general(
         assert y.shape == (2, 3)
         ```
     """
-    leaves, treedef = jtu.tree_flatten(w)
-    axes, digits = Axes.of(dimension_numbers), DIGITS
-    out_dtype = _out_dtype(x, w, preferred_element_type)
-    explicit = _compat.has_explicit_axes(x, *leaves)
-    preferred = preferred_implementation()
-    check_name(preferred)
+    if preferred_element_type is None:
+        preferred_element_type = jnp.promote_types(x.dtype, w.dtype)
+    axes, dtype = Axes.of(dimension_numbers), jnp.dtype(preferred_element_type)
+    asked = (activations, preferred_activations(), w.activations)
+    x, digits = rounded(x, w, axes, next(one for one in asked if one is not None))
+    preferred, implementation = map(check_name, (preferred_implementation(), implementation))
+    call = Call(axes, precision, dtype, digits, implementation, preferred)
+    product = call.of(x, w)
     if implementation is not None:
-        check(implementation, x, w, axes, _accumulate_dtype(x, w, out_dtype))
-        if explicit:
+        check(implementation, product)
+    if _compat.has_explicit_axes(x, *jtu.tree_leaves(w)):
+        if implementation is not None:
             raise ValueError(
                 f"implementation={implementation!r} cannot be asked for with explicit mesh axes, where XLA's "
                 "own product is used; leave it out."
             )
-    if w.activations == "int8":
-        x, digits = rounded_rows(x, axes.x_contract), 1
-    params = dict(treedef=treedef, axes=axes, precision=precision, out_dtype=out_dtype)
-    if explicit:
         # Shardings are part of the types here: let JAX's own dot check and propagate them.
-        return jax.checkpoint(partial(_explicit, **params, out_sharding=out_sharding))(x, *leaves)
-    accumulate = _accumulate_dtype(x, w, out_dtype)
-    how: dict[str, Any] = dict(digits=digits, preferred=preferred)
-    note_kernel(lambda platform: implementation or choose(platform, x, w, axes, accumulate, **how))
-    params |= how | dict(implementation=implementation)
-    return quantized_dot_general_p.bind(x, *leaves, **params)
+        return jax.checkpoint(partial(_explicit, call, out_sharding))(x, w)
+    note_kernel(lambda platform: implementation or choose(product, Target(platform), preferred))
+    return bind(quantized_dot_general_p, x, w, **call._asdict())
 
 
-def _out_dtype(x: Any, w: Any, preferred: Any) -> Any:
-    return jnp.dtype(jnp.promote_types(x.dtype, w.dtype) if preferred is None else preferred)
+class Call(NamedTuple):
+    """The parameters of a product."""
+
+    axes: Axes
+    precision: Any
+    out_dtype: Any
+    digits: int
+    implementation: str | None
+    preferred: str | None
+
+    def of(self, x: Any, w: AbstractScaledArray) -> Product:
+        """The product of these operands."""
+        double = jnp.float64 in (x.dtype, w.dtype, self.out_dtype)
+        accumulate = jnp.dtype(jnp.float64 if double else jnp.float32)
+        return Product(x, w, self.axes, self.precision, accumulate, self.digits)
+
+    def of_dot(self, out_sharding: Any = None) -> dict[str, Any]:
+        """The parameters of `lax.dot_general`."""
+        numbers, dtype = self.axes.dimension_numbers, self.out_dtype
+        how = dict(precision=self.precision, preferred_element_type=dtype)
+        return how | dict(dimension_numbers=numbers, out_sharding=out_sharding)
 
 
-def _accumulate_dtype(x: Any, w: Any, out_dtype: Any) -> Any:
-    double = jnp.float64 in (x.dtype, w.dtype, out_dtype)
-    return jnp.dtype(jnp.float64 if double else jnp.float32)
-
-
-def _compute(
-    x: Array,
-    *leaves: Array,
-    treedef: Any,
-    axes: Axes,
-    precision: Any,
-    out_dtype: Any,
-    digits: int,
-    implementation: str | None,
-    preferred: str | None,
-    platform: str | None = None,
-    plain: bool = True,
-) -> Array:
-    w = jtu.tree_unflatten(treedef, leaves).expanded()
-    accumulate = _accumulate_dtype(x, w, out_dtype)
-    if implementation is not None:
-        check(implementation, x, w, axes, accumulate)  # vmap may have added axes
-    how: dict[str, Any] = dict(digits=digits, preferred=preferred, plain=plain)
-    name = implementation or choose(platform, x, w, axes, accumulate, **how)
-    options: dict[str, Any] = dict(axes=axes, precision=precision, accumulate=accumulate)
-    if name == "integer":
-        options["digits"] = digits
-    if name == "fused":
-        options["half"] = platform != "cpu"  # where XLA cannot multiply bfloat16 in every layout
-        options["for_tpu"] = platform == "tpu"
-    if name == "gpu":
-        options["device"] = _compat.gpu_kind()
+def _compute(x: Array, w: AbstractScaledArray, target: Target, **params: Any) -> Array:
+    call = Call(**params)
+    product, name = call.of(x, w), call.implementation
+    if name is not None:
+        check(name, product, target)  # vmap may have added axes
+    name = name or choose(product, target, call.preferred)
     with jax.named_scope(f"quantized_dot_general_{name}"):
-        return IMPLEMENTATIONS[name](x, w, **options).astype(out_dtype)
+        y = IMPLEMENTATIONS[name].run(product, target)
+        if w.offset_leaf is not None:
+            y = y + _product_with_offset(product, w.offset_leaf)
+        return y.astype(call.out_dtype)
 
 
-def _explicit(
-    x: Array,
-    *leaves: Array,
-    treedef: Any,
-    axes: Axes,
-    precision: Any,
-    out_dtype: Any,
-    out_sharding: Any,
-) -> Array:
-    w = jtu.tree_unflatten(treedef, leaves)
-    accumulate = _accumulate_dtype(x, w, out_dtype)
-    scale = None if w.scale_leaf is None else spread(w.scale_leaf).astype(accumulate)
-    values = w.values(accumulate)
-    return lax.dot_general(
-        x.astype(accumulate),
-        values if scale is None else values * scale,
-        axes.dimension_numbers,
-        precision=precision,
-        preferred_element_type=out_dtype,
-        out_sharding=out_sharding,
-    )
+def _product_with_offset(product: Product, offset: Leaf) -> Array:
+    """What the offset of `w` adds to the product with its scaled values."""
+    # sum_j x_j m_ib(j) = sum_b (sum_{j in b} x_j) m_ib: the inputs of a block are summed up first.
+    axes, dtype = product.axes, product.accumulate
+    x = product.x.astype(dtype)
+    for axis, x_axis in zip(axes.w_contract, axes.x_contract, strict=True):
+        blocks, size = offset.array.shape[axis], offset.tiles[axis].size
+        missing = blocks * size - x.shape[x_axis]
+        x = jnp.pad(x, [(0, missing * (i == x_axis)) for i in range(x.ndim)])
+        x = x.reshape(*x.shape[:x_axis], blocks, size, *x.shape[x_axis + 1 :]).sum(x_axis + 1)
+    offsets = spread(offset, (*axes.w_batch, *axes.w_free(product.w.ndim))).astype(dtype)
+    # It is small, and may cancel most of the rest: not rounded to what is multiplied fastest.
+    return lax.dot_general(x, offsets, axes.dimension_numbers, lax.Precision.HIGHEST, dtype)
 
 
-# ------------------------------------------------------------------------ types and lowering
+def _compute_differentiably(x: Array, w: AbstractScaledArray, **params: Any) -> Array:
+    options: dict[str, Any] = params | dict(implementation="tiled")
+    return _compute(x, w, Target(), **options)
 
 
-@quantized_dot_general_p.def_abstract_eval
-def _abstract(
-    x: Any, *leaves: Any, treedef: Any, axes: Axes, precision: Any, out_dtype: Any, **params: Any
-) -> Any:
-    w = jtu.tree_unflatten(treedef, leaves)
-    payload: Any = w.payload_leaf.array
-    w_aval = payload.update(shape=w.shape, dtype=x.dtype, weak_type=False)
-    return _compat.output_aval(
-        lax.dot_general_p,
-        x,
-        w_aval,
-        dimension_numbers=axes.dimension_numbers,
-        precision=precision,
-        preferred_element_type=out_dtype,
-        out_sharding=None,
-    )
+def _explicit(call: Call, out_sharding: Any, x: Array, w: AbstractScaledArray) -> Array:
+    dtype = call.of(x, w).accumulate
+    return lax.dot_general(x.astype(dtype), dense(w, dtype), **call.of_dot(out_sharding))
 
 
-quantized_dot_general_p.def_impl(partial(_compat.apply_primitive, quantized_dot_general_p))
+# ------------------------------------------------------------------------------- the primitive
 
 
-def _lower_for(platform: str | None) -> Any:
-    def lower(ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
-        plain = _compat.is_partitioned(ctx)
-        if platform == "cuda":
-            plain = plain or not _compat.takes_triton(ctx)
-        if platform == "tpu":
-            plain = plain or not _compat.looks_up_rows()
-        if implementation is not None:
-            check_lowering(implementation, platform, plain)
-        run = partial(_compute, implementation=implementation, platform=platform, plain=plain)
-        with _compat.triton_without_warning():
-            return mlir.lower_fun(run, multiple_results=False)(ctx, *operands, **params)
-
-    return lower
+def _output(x: Any, w: Any, **params: Any) -> Any:
+    return _compat.output_aval(lax.dot_general_p, x, w, **Call(**params).of_dot())
 
 
-mlir.register_lowering(quantized_dot_general_p, _lower_for(None))
-for _platform in ("cpu", "cuda", "tpu"):
-    mlir.register_lowering(quantized_dot_general_p, _lower_for(_platform), platform=_platform)
-
-
-# --------------------------------------------------------------------------- transformations
-
-
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    x, *leaves = primals
-    x_dot, *leaves_dot = tangents
-    y = quantized_dot_general_p.bind(x, *leaves, **params)
-    params["digits"] = DIGITS  # of tangents
-    of_scales: dict[str, Any] = params | dict(implementation="tiled")
-    terms = []
-    if type(x_dot) is not ad.Zero:
-        terms.append(quantized_dot_general_p.bind(x_dot, *leaves, **params))
-    moving = [i for i, t in enumerate(leaves_dot) if type(t) is not ad.Zero]
-    if moving:  # scales are being differentiated
-
-        def of_moving(*values: Array) -> Array:
-            filled = list(leaves)
-            for i, value in zip(moving, values, strict=True):
-                filled[i] = value
-            return _compute(x, *filled, **of_scales)
-
-        _, y_dot = jax.jvp(of_moving, [leaves[i] for i in moving], [leaves_dot[i] for i in moving])
-        terms.append(y_dot)
-    if not terms:
-        return y, ad.Zero.from_primal_value(y)  # pyright: ignore[reportAttributeAccessIssue]
-    return y, terms[0] if len(terms) == 1 else terms[0] + terms[1]
-
-
-def _transpose(
-    ct: Any,
-    x: Any,
-    *leaves: Any,
-    treedef: Any,
-    axes: Axes,
-    precision: Any,
-    out_dtype: Any,
-    digits: int,
-    implementation: str | None,
-    preferred: str | None,
-) -> list[Any]:
-    nothing = [None] * len(leaves)
-    if type(ct) is ad.Zero:
-        return [None, *nothing]
-    if not ad.is_undefined_primal(x):
-        return [None, *_transpose_leaves(ct, x, leaves, treedef, axes, precision, out_dtype)]
-    x_aval = x.aval
-    w = jtu.tree_unflatten(treedef, leaves)
-    x_free, w_free = axes.x_free(x_aval.ndim), axes.w_free(w.ndim)
-    n_batch, n_free = len(axes.x_batch), len(x_free)
+def _transpose(ct: Array, x: Any, w: AbstractScaledArray, **params: Any) -> Array:
+    call = Call(**params)
+    axes, name = call.axes, call.implementation
+    x_free, n_batch = axes.x_free(x.ndim), len(axes.x_batch)
     # y[b, f, o] = sum_k x[b, f, k] w[b, o, k], so ct_x[b, f, k] = sum_o ct[b, f, o] w[b, o, k].
-    back = Axes(
-        tuple(range(n_batch + n_free, ct.ndim)), tuple(w_free), tuple(range(n_batch)), axes.w_batch
-    )
-    accumulate = _accumulate_dtype(ct, w, x_aval.dtype)
-    if implementation is not None and not computes(implementation, ct, w, back, accumulate):
-        implementation = None
-    ct_x = quantized_dot_general_p.bind(
-        ct,
-        *leaves,
-        treedef=treedef,
-        axes=back,
-        precision=precision,
-        out_dtype=x_aval.dtype,
-        digits=DIGITS,
-        implementation=implementation,
-        preferred=preferred,
-    )
+    outputs, batch = range(n_batch + len(x_free), ct.ndim), range(n_batch)
+    back = Axes(tuple(outputs), tuple(axes.w_free(w.ndim)), tuple(batch), axes.w_batch)
+    call = call._replace(axes=back, out_dtype=x.dtype)
+    if name is not None and not IMPLEMENTATIONS[name].supports(call.of(ct, w)):
+        call = call._replace(implementation=None)
+    ct_x = bind(quantized_dot_general_p, ct, w, **call._asdict())
     of_w = dict(zip(axes.w_contract, axes.x_contract, strict=True))
     order = [*axes.x_batch, *x_free, *(of_w[axis] for axis in sorted(axes.w_contract))]
-    ct_x = lax.transpose(ct_x, [order.index(axis) for axis in range(x_aval.ndim)])
-    return [ct_x, *nothing]
-
-
-def _transpose_leaves(
-    ct: Any, x: Any, leaves: Sequence[Any], treedef: Any, axes: Axes, precision: Any, out_dtype: Any
-) -> list[Any]:
-    """The product is linear in the scale too, where a tangent of a scale takes its place."""
-    linear = [i for i, leaf in enumerate(leaves) if ad.is_undefined_primal(leaf)]
-
-    def of_linear(*values: Array) -> Array:
-        filled = list(leaves)
-        for i, value in zip(linear, values, strict=True):
-            filled[i] = value
-        return _compute(
-            x,
-            *filled,
-            treedef=treedef,
-            axes=axes,
-            precision=precision,
-            out_dtype=out_dtype,
-            digits=DIGITS,
-            implementation="tiled",
-            preferred=None,
-        )
-
-    zeros = [jnp.zeros(leaves[i].aval.shape, leaves[i].aval.dtype) for i in linear]
-    found = iter(jax.vjp(of_linear, *zeros)[1](ct))
-    return [next(found) if i in linear else None for i in range(len(leaves))]
+    return lax.transpose(ct_x, [order.index(axis) for axis in range(x.ndim)])
 
 
 def _batch(
-    operands: Sequence[Any], dims: Sequence[Any], *, treedef: Any, axes: Axes, **params: Any
-) -> tuple[Any, int]:
-    (x, *leaves), (x_dim, *leaf_dims) = operands, dims
-    unmapped = None
-    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not unmapped)
-    w_is_mapped = any(d is not unmapped for d in leaf_dims)
-    if x_dim is not unmapped:
-        x = jnp.moveaxis(x, x_dim, 0)
-    if w_is_mapped:
-        leaves = [
-            jnp.broadcast_to(leaf, (size, *leaf.shape))
-            if dim is unmapped
-            else jnp.moveaxis(leaf, dim, 0)
-            for leaf, dim in zip(leaves, leaf_dims, strict=True)
-        ]
+    x: Array, w: AbstractScaledArray, x_mapped: bool, w_mapped: bool, *, axes: Axes, **params: Any
+) -> tuple[Array, int]:
+    both = x_mapped and w_mapped
 
-    def shift(axes: tuple[int, ...], by: int) -> tuple[int, ...]:
+    def shift(axes: tuple[int, ...], by: bool) -> tuple[int, ...]:
         return tuple(axis + by for axis in axes)
 
-    by_x, by_w = int(x_dim is not unmapped), int(w_is_mapped)
-    both = bool(by_x and by_w)
     new = Axes(
-        shift(axes.x_contract, by_x),
-        shift(axes.w_contract, by_w),
-        (0,) * both + shift(axes.x_batch, by_x),
-        (0,) * both + shift(axes.w_batch, by_w),
+        shift(axes.x_contract, x_mapped),
+        shift(axes.w_contract, w_mapped),
+        (0,) * both + shift(axes.x_batch, x_mapped),
+        (0,) * both + shift(axes.w_batch, w_mapped),
     )
-    y = quantized_dot_general_p.bind(x, *leaves, treedef=treedef, axes=new, **params)
-    if both:
-        return y, 0
-    # The new axis is the first free one of its operand.
-    n_batch = len(axes.x_batch)
-    return y, n_batch if by_x else x.ndim - len(axes.x_contract)
+    y = bind(quantized_dot_general_p, x, w, axes=new, **params)
+    # The new axis is one of the batch, or the first free one of its operand.
+    first = len(axes.x_batch) if x_mapped else x.ndim - len(axes.x_contract)
+    return y, 0 if both else first
 
 
-ad.primitive_jvps[quantized_dot_general_p] = _jvp
-ad.primitive_transposes[quantized_dot_general_p] = _transpose
-batching.primitive_batchers[quantized_dot_general_p] = _batch
+quantized_dot_general_p = linear_primitive(
+    "quantized_dot_general",
+    output=_output,
+    compute=_compute,
+    compute_differentiably=_compute_differentiably,
+    transpose=_transpose,
+    batch=_batch,
+    of_tangents=dict(digits=DIGITS),
+)
+"""Operands: `x`, then the leaves of `w`. Parameters: the treedef of `w`, those of `lax.dot_general`,
+how many 8-bit digits say all of `x`, the name of the implementation, or None, and that of the preferred one, or None.
+Result: batch axes, free axes of `x`, free axes of `w`."""

@@ -4,7 +4,7 @@
 |------------------------|------------------------------|------------------------------------------------|
 | `dot_general`          | one quantized, either side   | `kernels.quantized_dot_general`                |
 | `dot_general`          | both quantized               | the smaller one is made dense                  |
-| `ragged_dot_general`   | groups of quantized matrices | group by group                                 |
+| `ragged_dot_general`   | groups of quantized matrices | `kernels.quantized_ragged_dot`                 |
 | `conv_general_dilated` | quantized kernel             | `kernels.convolve`                             |
 | `reduce_sum`, `max`, … | quantized                    | decoded inside the reduction, in one pass      |
 | `reduce` by a function | quantized                    | dense                                          |
@@ -21,8 +21,7 @@ from .._daylight import dense_nbytes, report_materialized
 from .._dispatch import apply, densify, register, transparent
 from .._scaled import AbstractScaledArray
 from .._transposed import ColumnMajor, TransposedView
-from ..kernels import convolve, quantized_dot_general
-from ..tiles import dynamic_slice, remove_axis
+from ..kernels import convolve, quantized_dot_general, quantized_ragged_dot
 
 
 # ---------------------------------------------------------------------------------- dot_general
@@ -122,36 +121,13 @@ def ragged_dot_general_array_scaled(
         or not jnp.issubdtype(x.dtype, jnp.floating)
     ):
         return NotImplemented
-    ends = jnp.cumsum(group_sizes)
-    out_dtype = params["preferred_element_type"] or jnp.promote_types(x.dtype, w.dtype)
-    rows = jnp.arange(x.shape[0])
-
-    @jax.checkpoint
-    def group(total: Array, i: Array, x: Array, w: AbstractScaledArray) -> Array:
-        matrix = _entry(w, i)
-        mine = (rows >= ends[i] - group_sizes[i]) & (rows < ends[i])
-        y = quantized_dot_general(
-            jnp.where(mine[:, None], x, 0),
-            matrix,
-            (((1,), (0,)), ((), ())),
-            params["precision"],
-            jnp.promote_types(out_dtype, jnp.float32),
-        )
-        return total + y
-
-    start = jnp.zeros((x.shape[0], w.shape[2]), jnp.promote_types(out_dtype, jnp.float32))
-    total, _ = lax.scan(
-        lambda total, i: (group(total, i, x, w), None), start, jnp.arange(w.shape[0])
+    return quantized_ragged_dot(
+        x, w, group_sizes, params["precision"], params["preferred_element_type"]
     )
-    return total.astype(out_dtype)
 
 
 def _as_tuples(numbers: Any) -> Any:
     return tuple(tuple(tuple(map(int, axes)) for axes in pair) for pair in numbers)
-
-
-def _entry(w: AbstractScaledArray, i: Array) -> AbstractScaledArray:
-    return w.moved(lambda leaf: remove_axis(dynamic_slice(leaf, 0, i, 1), 0))
 
 
 # --------------------------------------------------------------------------------- convolution

@@ -1,105 +1,69 @@
 """Which implementation computes a product: a function of what is known when it is lowered."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from jax import Array
-
-from ..._scaled import AbstractScaledArray
-from . import cpu
-from .fused import fused
-from .gpu import gpu, pays as pays_on_gpu, supports as supports_gpu
-from .integer import DIGITS, integer, supports as supports_integer
-from .reference import Axes, reference
-from .tables import supports as supports_tables, tables
-from .tiled import tiled
-from .tpu import pays as pays_on_tpu, supports as supports_tpu, tpu
+from . import int8_digits, reference, xla
+from .cpu import choice as cpu, tables, tiled
+from .gpu import product as gpu
+from .product import Implementation, Product, Target
+from .tpu import product as tpu
 
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
-    "reference": reference,
-    "fused": fused,
-    "tiled": tiled,
-    "integer": integer,
-    "tables": tables,
-    "gpu": gpu,
-    "tpu": tpu,
+IMPLEMENTATIONS = {
+    each.name: each
+    for each in (
+        Implementation("reference", reference.compute),
+        Implementation("xla", xla.compute),
+        Implementation("tiled", tiled.compute),
+        Implementation("int8_digits", int8_digits.compute, int8_digits.supports),
+        Implementation("tables", tables.compute, tables.supports),
+        # Neither is chosen unless preferred: they have not run on a device yet.
+        Implementation("gpu", gpu.compute, gpu.supports, gpu.pays, ("cuda", "gpu")),
+        Implementation("tpu", tpu.compute, tpu.supports, tpu.pays, ("tpu",)),
+    )
 }
-SUPPORTS = {
-    "integer": supports_integer,
-    "tables": supports_tables,
-    "gpu": supports_gpu,
-    "tpu": supports_tpu,
-}
-PLATFORMS = {"gpu": ("cuda", "gpu"), "tpu": ("tpu",)}
-"""Where those run that do not run everywhere. Neither is chosen unless preferred: they have not run on a device yet."""
-PAYS = {"gpu": pays_on_gpu, "tpu": pays_on_tpu}
+OLD_NAMES = {"fused": "xla", "integer": "int8_digits"}
 
 
-def choose(
-    platform: str | None,
-    x: Any,
-    w: AbstractScaledArray,
-    axes: Axes,
-    accumulate: Any,
-    *,
-    digits: int = DIGITS,
-    plain: bool = False,
-    preferred: str | None = None,
-) -> str:
-    """The name of the implementation that serves best: on `"cpu"`, `"cuda"`, `"tpu"`, or on any other platform.
-
-    With `plain`, one of operations that XLA can split over devices and that run on every device. `preferred` wins
-    where it runs, computes the product and pays.
-    """
-    if (
-        preferred is not None
-        and (preferred not in PLATFORMS or (platform in PLATFORMS[preferred] and not plain))
-        and computes(preferred, x, w, axes, accumulate)
-        and (preferred not in PAYS or PAYS[preferred](x, w, axes))
-    ):
-        return preferred
-    if digits == 1 and supports_integer(x, w, axes, accumulate):
-        return "integer"
-    if plain:
-        return "fused"
-    if platform == "cpu":
-        return cpu.choose(x, w, axes, accumulate)
-    return "fused"
+def choose(product: Product, target: Target, preferred: str | None = None) -> str:
+    """The name of the implementation that serves best. `preferred` wins where it runs, computes the product and
+    pays."""
+    if preferred is not None:
+        wanted = IMPLEMENTATIONS[preferred]
+        if wanted.runs_on(target) and wanted.supports(product) and wanted.pays(product):
+            return preferred
+    if product.digits == 1 and int8_digits.supports(product):
+        return "int8_digits"
+    if target.platform == "cpu" and not target.partitioned:
+        return cpu.choose(product)
+    return "xla"
 
 
-def computes(name: str, x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
-    """Whether the implementation of this name computes this product."""
-    return name not in SUPPORTS or SUPPORTS[name](x, w, axes, accumulate)
-
-
-def check(name: str, x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> None:
-    """Raises `ValueError` unless there is an implementation of this name that computes this product."""
-    check_name(name)
-    if not computes(name, x, w, axes, accumulate):
-        able = [other for other in IMPLEMENTATIONS if computes(other, x, w, axes, accumulate)]
-        raise ValueError(
-            f"implementation={name!r} does not compute the product of {x.dtype}{list(x.shape)} with "
-            f"{type(w).__name__} {w.dtype}{list(w.shape)} along {axes.w_contract}; {_names(able)} would."
-        )
-
-
-def check_name(name: str | None) -> None:
-    """Raises `ValueError` unless there is an implementation of this name, or it is None."""
+def check_name(name: str | None) -> str | None:
+    """The name of today for this one; raises `ValueError` unless there is an implementation of it."""
+    name = OLD_NAMES.get(name or "", name)
     if name is not None and name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be {_names(IMPLEMENTATIONS)}; it is {name!r}.")
+    return name
 
 
-def check_lowering(name: str, platform: str | None, plain: bool) -> None:
-    """Raises `ValueError` if the implementation of this name does not run where a program is lowered for."""
-    if name in PLATFORMS and (plain or platform not in PLATFORMS[name]):
-        where = f"a program for {platform or 'another platform'}"
-        if platform in PLATFORMS[name]:
+def check(name: str, product: Product, target: Target | None = None) -> None:
+    """Raises `ValueError` unless the implementation of this name computes this product, and runs there."""
+    each, x, w = IMPLEMENTATIONS[name], product.x, product.w
+    if not each.supports(product):
+        able = (other.name for other in IMPLEMENTATIONS.values() if other.supports(product))
+        raise ValueError(
+            f"implementation={name!r} does not compute the product of {x.dtype}{list(x.shape)} with "
+            f"{type(w).__name__} {w.dtype}{list(w.shape)} along {product.axes.w_contract}; {_names(able)} would."
+        )
+    if target is not None and each.platforms is not None and not each.runs_on(target):
+        where = f"a program for {target.platform or 'another platform'}"
+        if target.platform in each.platforms:
             where = "one that is partitioned over devices, exported without custom calls, or for an older device"
         raise ValueError(
-            f"implementation={name!r} runs on {PLATFORMS[name][0]}, but not in {where}."
+            f"implementation={name!r} runs on {each.platforms[0]}, but not in {where}."
         )
 
 
-def _names(names: Any) -> str:
+def _names(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))

@@ -1,81 +1,33 @@
-"""What a quantized product means."""
+"""What a product with a quantized weight means, up to an offset, which is added for all implementations in one place."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax import Array, lax
 
 from ..._scaled import AbstractScaledArray
+from ...tiles import spread
+from .product import Product, Target
 
 
-class Axes(NamedTuple):
-    """The dimension numbers of a `dot_general`, as tuples."""
-
-    x_contract: tuple[int, ...]
-    w_contract: tuple[int, ...]
-    x_batch: tuple[int, ...]
-    w_batch: tuple[int, ...]
-
-    @staticmethod
-    def of(dimension_numbers: Any) -> "Axes":
-        (xc, wc), (xb, wb) = dimension_numbers
-        return Axes(*(tuple(int(axis) for axis in axes) for axes in (xc, wc, xb, wb)))
-
-    @property
-    def dimension_numbers(self) -> Any:
-        return (self.x_contract, self.w_contract), (self.x_batch, self.w_batch)
-
-    def x_free(self, ndim: int) -> list[int]:
-        return [i for i in range(ndim) if i not in self.x_contract + self.x_batch]
-
-    def w_free(self, ndim: int) -> list[int]:
-        return [i for i in range(ndim) if i not in self.w_contract + self.w_batch]
-
-    def x_axis(self, w_axis: int) -> int | None:
-        """The axis of `x` that is multiplied with this axis of `w`; None for a free axis."""
-        pairs = zip(self.w_batch + self.w_contract, self.x_batch + self.x_contract, strict=True)
-        return dict(pairs).get(w_axis)
-
-    def y_axis(self, w_axis: int, x_ndim: int, w_ndim: int) -> int | None:
-        """The axis of the result that this axis of `w` becomes; None for a contracted axis."""
-        if w_axis in self.w_contract:
-            return None
-        if w_axis in self.w_batch:
-            return self.w_batch.index(w_axis)
-        return x_ndim - len(self.x_contract) + self.w_free(w_ndim).index(w_axis)
-
-    def without(self, x_axis: int | None, w_axis: int) -> "Axes":
-        """Those of each product, if it is mapped over these axes."""
-
-        def left(axes: tuple[int, ...], gone: int | None) -> tuple[int, ...]:
-            if gone is None:
-                return axes
-            return tuple(axis - (axis > gone) for axis in axes if axis != gone)
-
-        return Axes(
-            left(self.x_contract, x_axis),
-            left(self.w_contract, w_axis),
-            left(self.x_batch, x_axis),
-            left(self.w_batch, w_axis),
-        )
-
-    def output_shape(self, x: Sequence[int], w: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the result, from those of the operands."""
-        axes_of_x = [*self.x_batch, *self.x_free(len(x))]
-        return (*(x[i] for i in axes_of_x), *(w[i] for i in self.w_free(len(w))))
-
-
-def reference(
-    x: Array, w: AbstractScaledArray, *, axes: Axes, precision: Any, accumulate: Any
-) -> Array:
-    """`lax.dot_general(x, w.materialize())` in the dtype `accumulate`.
-
-    The result has the batch axes, then the free axes of `x`, then those of `w`.
-    """
+def compute(product: Product, target: Target) -> Array:
+    """`lax.dot_general` with the scaled values of `w`."""
+    accumulate = product.accumulate
     return lax.dot_general(
-        x.astype(accumulate),
-        w.materialize().astype(accumulate),
-        axes.dimension_numbers,
-        precision=precision,
+        product.x.astype(accumulate),
+        scaled_values(product.w, accumulate),
+        product.axes.dimension_numbers,
+        precision=product.precision,
         preferred_element_type=accumulate,
     )
+
+
+def scaled_values(w: AbstractScaledArray, dtype: Any) -> Array:
+    """The values of `w` times its scale, computed in `dtype`."""
+    values, scale = w.values(dtype), w.scale_leaf
+    return values if scale is None else values * spread(scale).astype(dtype)
+
+
+def dense(w: AbstractScaledArray, dtype: Any) -> Array:
+    """As `w.materialize()`, but computed in `dtype` and not rounded."""
+    values, offset = scaled_values(w, dtype), w.offset_leaf
+    return values if offset is None else values + spread(offset).astype(dtype)

@@ -21,7 +21,8 @@ from jax.experimental.pallas import triton
 from .... import _compat
 from ...._scaled import AbstractScaledArray
 from ....tiles import Leaf, Tile
-from ...pieces import zeros
+from ...in_pieces import zeros
+from ..product import has_sixteen_levels, high_half_first
 from .blocks import Blocks
 
 
@@ -95,26 +96,21 @@ def product(x: Array, w: AbstractScaledArray, scale: Array | None, problem: Prob
     """Partial sums of `x` (rows, inputs) times the values of `w`, times `scale` if it is given: float32, of shape
     (splits, rows, outputs)."""
     leaves, treedef = jtu.tree_flatten(w)
-    payload = [leaf.array for leaf in w.leaves().values() if leaf.holds_codes]
+    payload = [*w.payloads.values()]
     places = [next(i for i, leaf in enumerate(leaves) if leaf is array) for array in payload]
+    levels = w.codebook if has_sixteen_levels(w) else None
     table, permuting = None, not problem.interpret and problem.dtype != jnp.float32
-    if w.codebook is not None:
-        table = (
-            _words(w.codebook, problem.dtype)
-            if permuting
-            else jnp.asarray(w.codebook, problem.dtype)
-        )
+    if levels is not None:
+        as_table = _words if permuting else jnp.asarray
+        table = as_table(levels, problem.dtype)
 
     def decode(stored: Sequence[Array], table_ref: Any) -> Sequence[Array]:
         """The planes of a block."""
-        if w.codebook is not None:
+        if levels is not None:
             (codes,) = stored
-            if permuting:
-                return _permuted(codes, table_ref, problem.dtype)
-            return [
-                triton.load(table_ref.at[code.astype(jnp.int32)])
-                for code in (codes >> 4, codes & 15)
-            ]
+            decoded = _permuted if permuting else _looked_up
+            planes = decoded(codes, table_ref, problem.dtype)
+            return planes if high_half_first(w) else planes[::-1]
         filled: list[Any] = [None] * len(leaves)
         for place, array in zip(places, stored, strict=True):
             filled[place] = array
@@ -272,8 +268,13 @@ def _words(levels: Sequence[float], dtype: Any) -> Array:
     return jnp.asarray(low_and_high.view(np.int32))
 
 
+def _looked_up(codes: Array, table_ref: Any, dtype: Any) -> Sequence[Array]:
+    """The levels of the high and of the low halves of a block of bytes, from a table of the levels."""
+    return [triton.load(table_ref.at[half.astype(jnp.int32)]) for half in (codes >> 4, codes & 15)]
+
+
 def _permuted(codes: Array, words_ref: Any, dtype: Any) -> Sequence[Array]:
-    """The two planes of a block of 4-bit codes, from the words of the levels."""
+    """As `_looked_up`, from the words of the levels."""
     # As operands: of constants, the compiler would make a copy for each use.
     words = [jnp.full(codes.shape, triton.load(words_ref.at[i])) for i in range(8)]
     [pairs] = triton.elementwise_inline_asm(

@@ -10,120 +10,83 @@ from jax import Array
 
 from ...._scaled import AbstractScaledArray
 from ....tiles import Leaf, spread
-from ..matrices import by_matrices, holds_for_matrices
-from ..reference import Axes
+from ..as_matrices import by_matrices, holds_for_matrices
+from ..product import has_sixteen_levels, has_slack, Product, Target
 from .blocks import Blocks, blocks_for, Case, MAX_ROWS, splits_for
 
 
-# Of float32 the kernel multiplies without tensor cores. XLA makes the weight dense, which costs more than the
-# product up to some number of rows: neither number was measured on a device. The first is where the
-# arithmetic of the dense product takes as long as reading a bfloat16 weight.
+# XLA makes the weight dense, which costs more than the product up to some number of rows. Not measured on a device: the
+# first is where the dense product takes as long as reading a bfloat16 weight; in float32 there are no tensor cores.
 MAX_ROWS_IN_16_BITS = 256
 MAX_ROWS_IN_32_BITS = 16
 MIN_SIZE = 1 << 20
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
-def supports(x: Any, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
-    """Whether `gpu` computes this product: with matrices that decode number by number."""
-    floats = (jnp.bfloat16, jnp.float16, jnp.float32)
-    return (
-        jnp.dtype(accumulate) == jnp.float32
-        and x.dtype in floats
-        and w.dtype in floats
-        and max(x.size, w.size) < 2**31
-        and holds_for_matrices(lambda x, w, axis: _decodes(w), x, w, axes)
-    )
+def supports(product: Product) -> bool:
+    """Whether `compute` does: products with matrices that decode number by number."""
+    return holds_for_matrices(lambda x, w, scale, axis: _decodes(w), product, FLOATS)
 
 
-def pays(x: Any, w: AbstractScaledArray, axes: Axes) -> bool:
+def pays(product: Product) -> bool:
     """Whether XLA makes the weight dense, and there are few enough rows for that to matter."""
 
-    def needs_a_kernel(x: Any, w: AbstractScaledArray, axis: int) -> bool:
-        scale = w.scale_leaf
-        left_to_xla = w.packing is None and (scale is None or _leaves_the_sum(scale, axis))
+    def needs_a_kernel(x: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> bool:
+        left_to_xla = w.packing is None and (scale is None or scale.is_constant_along(1 - axis))
         most = MAX_ROWS_IN_32_BITS if _dtype(x, w) == jnp.float32 else MAX_ROWS_IN_16_BITS
         return not left_to_xla and len(x) <= most
 
-    return w.size >= MIN_SIZE and holds_for_matrices(needs_a_kernel, x, w, axes)
+    return product.w.size >= MIN_SIZE and holds_for_matrices(needs_a_kernel, product, FLOATS)
 
 
-def gpu(
-    x: Array,
-    w: AbstractScaledArray,
-    *,
-    axes: Axes,
-    precision: Any,
-    accumulate: Any,
-    device: str | None = None,
-    blocks: Blocks | None = None,
-    interpret: bool = False,
+def compute(
+    product: Product, target: Target, *, blocks: Blocks | None = None, interpret: bool = False
 ) -> Array:
     """As `reference`, where `supports` says so. Reads the stored numbers, and nothing as large as the dense
     weight is written.
 
     What is multiplied is rounded as the dense product would be, to the common dtype of `x` and `w`; float32
-    is not rounded, whatever the `precision`. `device` and `blocks` say how it is cut; `interpret` runs it anywhere.
+    is not rounded, whatever the `precision`. `blocks` says how it is cut, which depends on the device by default;
+    `interpret` runs it anywhere.
     """
+    from . import kernel
 
-    def of_matrix(x: Array, matrix: AbstractScaledArray, axis: int) -> Array:
-        copies = w.size // matrix.size
-        return _of_matrix(x, matrix, axis, copies, device, blocks, interpret)
-
-    return by_matrices(of_matrix, x, w, axes)
-
-
-def _of_matrix(
-    rows: Array,
-    w: AbstractScaledArray,
-    axis: int,
-    copies: int,
-    device: str | None,
-    blocks: Blocks | None,
-    interpret: bool,
-) -> Array:
-    """The product with one of so many matrices."""
-    from .kernel import Problem, product, Side
-
-    payload = w.payload_leaf
-    scale, factors = w.scale_leaf, None
-    dtype = _dtype(rows, w)
-    if scale is not None and scale.is_constant_along(axis):
-        # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.
-        factors, scale = spread(scale, [1 - axis]).reshape(-1), None
-    elif scale is not None:
-        to_input = scale.is_constant_along(1 - axis)
-        if dtype == jnp.float16 and (
-            to_input or not Side.of(payload, scale, axis, 16).shares_scale
-        ):
-            dtype = jnp.dtype(jnp.float32)  # float16 is too narrow for its numbers times a scale
-        if to_input:
-            # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
-            rows, scale = rows.astype(jnp.float32) * spread(scale, [axis]).reshape(-1), None
-    case = case_of(len(rows), w, axis, dtype)
-    if blocks is None:
-        blocks = blocks_for(case, device)
-    inputs = Side.of(payload, scale, axis, blocks.inputs)
-    outputs = Side.of(payload, scale, 1 - axis, blocks.outputs)
-    programs = copies * -(-len(rows) // blocks.rows) * -(-outputs.stored // outputs.block)
-    problem = Problem(
-        rows=len(rows),
-        inputs=inputs,
-        outputs=outputs,
-        packed=case.packed,
-        inputs_last=case.inputs_last,
-        splits=splits_for(
-            programs,
+    def of_matrix(rows: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> Array:
+        payload, dtype = w.payload_leaf, _dtype(rows, w)
+        if scale is not None:
+            to_input = scale.is_constant_along(1 - axis)
+            shared = kernel.Side.of(payload, scale, axis, 16).shares_scale
+            if dtype == jnp.float16 and (to_input or not shared):
+                dtype = jnp.dtype("float32")  # float16 is too narrow for its numbers times a scale
+            if to_input:
+                # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
+                rows, scale = rows.astype(jnp.float32) * spread(scale, [axis]).reshape(-1), None
+        case = case_of(len(rows), w, axis, dtype)
+        cut = blocks or blocks_for(case, target.device)
+        inputs = kernel.Side.of(payload, scale, axis, cut.inputs)
+        outputs = kernel.Side.of(payload, scale, 1 - axis, cut.outputs)
+        matrices = product.w.size // w.size
+        splits = splits_for(
+            matrices * -(-len(rows) // cut.rows) * -(-outputs.stored // outputs.block),
             -(-inputs.stored // inputs.block),
             4 * len(rows) * outputs.length,
             payload.array.size * payload.array.dtype.itemsize,
-        ),
-        blocks=blocks,
-        dtype=dtype,
-        interpret=interpret,
-    )
-    y = product(rows.astype(dtype), w, None if scale is None else scale.array, problem)
-    y = jnp.sum(y, axis=0)
-    return y if factors is None else y * factors
+        )
+        problem = kernel.Problem(
+            rows=len(rows),
+            inputs=inputs,
+            outputs=outputs,
+            packed=case.packed,
+            inputs_last=case.inputs_last,
+            splits=splits,
+            blocks=cut,
+            dtype=dtype,
+            interpret=interpret,
+        )
+        scales = None if scale is None else scale.array
+        return jnp.sum(kernel.product(rows.astype(dtype), w, scales, problem), axis=0)
+
+    return by_matrices(of_matrix, product.x, product.w, product.axes)
 
 
 def case_of(rows: int, w: AbstractScaledArray, axis: int, dtype: Any) -> Case:
@@ -141,19 +104,14 @@ def _dtype(x: Any, w: AbstractScaledArray) -> Any:
     return jnp.dtype(jnp.promote_types(x.dtype, w.dtype))
 
 
-def _leaves_the_sum(scale: Leaf, axis: int) -> bool:
-    """Whether it can be multiplied into the result, or into the input."""
-    return scale.is_constant_along(axis) or scale.is_constant_along(1 - axis)
-
-
 def _decodes(w: AbstractScaledArray) -> bool:
     """Whether the kernel can decode a block of the stored numbers as the format says."""
-    payload = [leaf.array for leaf in w.leaves().values() if leaf.holds_codes]
-    if w.packing is not None and w.packing.elements > 16:
+    payload = [*w.payloads.values()]
+    if w.packing is not None and (w.packing.elements > 16 or has_slack(w.packing)):
         return False
     if any(leaf.dtype not in (jnp.int8, jnp.uint8, jnp.uint16) for leaf in payload):
         return False
-    if w.codebook is not None:
+    if has_sixteen_levels(w):
         return True
     if w.packing is not None and type(w).plane is AbstractScaledArray.plane:
         return False  # it decodes all elements together

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .... import _compat
-from ...pieces import zeros
+from ...in_pieces import zeros
 from .product import MAX_ROWS
 
 
@@ -47,6 +47,7 @@ def product(
     scales: Array | None,
     levels: Sequence[float],
     *,
+    high_first: bool,
     bytes_per_tile: int,
     bytes_per_scale: int | None,
     sum_last: bool,
@@ -63,7 +64,8 @@ def product(
     steps = -(-stored // step)
     width = GROUPS * LANES
     bytes_of_inputs = 1 if sum_last else 4  # in one word
-    # The elements of so many bytes follow each other as they are decoded: first all high halves, then all low ones.
+    # The elements of so many bytes follow each other as they are decoded: first all first halves, then all second ones.
+    shifts = (4, 0) if high_first else (0, 4)
     run = min(bytes_per_tile, DEPTH)
     words_of_run = run // bytes_of_inputs
     x = x.reshape(rows, -1, 2, bytes_per_tile // run, words_of_run, bytes_of_inputs)
@@ -108,12 +110,12 @@ def product(
                 def decoded(first: int) -> Sequence[Array]:
                     """The weights of a run of bytes, register by register."""
                     registers = []
-                    for plane in range(2):
+                    for shift in shifts:
                         for byte in [group] if sum_last else range(4):
                             for row in range(0, words_of_run, SUBLANES):
                                 offset = first + row * bytes_of_inputs
                                 at = offset // bytes_of_inputs
-                                codes = words[at : at + SUBLANES] >> (8 * byte + 4 * (1 - plane))
+                                codes = words[at : at + SUBLANES] >> (8 * byte + shift)
                                 registers.append(_look_up(*tables(offset), codes))
                     return registers
 

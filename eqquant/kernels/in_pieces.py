@@ -21,28 +21,29 @@ def by_pieces(
     w: AbstractScaledArray,
     *,
     axis: int,
-    rows: int,
+    limit: int,
     x_axis: int | None,
     y_axis: int | None,
     shape: Sequence[int],
     dtype: Any,
 ) -> Array:
-    """`product(x, w)`, of this shape and dtype, from pieces of `rows` entries of `axis` of `w`.
+    """`product(x, w)`, of this shape and dtype, from pieces of at most `limit` elements, cut along `axis`
+    of `w`.
 
     `x_axis` is cut along with `axis` (None: all of `x` goes to each piece). The results are laid
     side by side along `y_axis`, or summed up if that is None.
     """
-    length = w.shape[axis]
-    if rows == length:
+    whole, length = w.shape[axis], _piece_length(w, axis, limit)
+    if length == whole:
         return product(x, w).astype(dtype)
-    count = length // rows
-    done = count * rows
+    count = whole // length
+    done = count * length
 
     @jax.checkpoint
     def piece(i: Array, x: Array, w: AbstractScaledArray) -> Array:
         if x_axis is not None:
-            x = lax.dynamic_slice_in_dim(x, i * rows, rows, x_axis)
-        return product(x, _piece(w, axis, i, rows))
+            x = lax.dynamic_slice_in_dim(x, i * length, length, x_axis)
+        return product(x, _piece(w, axis, i, length))
 
     def put(y: Array, part: Array, start: Any) -> Array:
         if y_axis is None:
@@ -50,12 +51,12 @@ def by_pieces(
         return lax.dynamic_update_slice_in_dim(y, part, start, y_axis)
 
     y = zeros((x, w), shape, dtype)
-    y, _ = lax.scan(lambda y, i: (put(y, piece(i, x, w), i * rows), None), y, jnp.arange(count))
-    if done == length:
+    y, _ = lax.scan(lambda y, i: (put(y, piece(i, x, w), i * length), None), y, jnp.arange(count))
+    if done == whole:
         return y
     if x_axis is not None:
-        x = lax.slice_in_dim(x, done, length, axis=x_axis)
-    return put(y, product(x, slice_rows(w, axis, done, length)), done)
+        x = lax.slice_in_dim(x, done, whole, axis=x_axis)
+    return put(y, product(x, w.moved(lambda leaf: reslice(leaf, axis, done, whole))), done)
 
 
 def zeros(operands: Any, shape: Sequence[int], dtype: Any) -> Array:
@@ -64,42 +65,37 @@ def zeros(operands: Any, shape: Sequence[int], dtype: Any) -> Array:
     return functools.reduce(operator.add, each)
 
 
-def rows_per_piece(w: AbstractScaledArray, axis: int, limit: int) -> int:
+def _piece_length(w: AbstractScaledArray, axis: int, limit: int) -> int:
     """How many entries of `axis` make a piece of at most `limit` elements, if that is possible.
 
-    Whole stored tiles, or an equal part of the tile of a scale; it divides the length if it can.
+    Whole stored tiles, or an equal part of the tile of a scale; it divides the axis if it can.
     """
-    length = w.shape[axis]
+    whole = w.shape[axis]
     varying = [leaf for leaf in w.leaves().values() if not leaf.is_constant_along(axis)]
     payload = math.lcm(*(leaf.tiles[axis].size for leaf in varying if leaf.holds_codes))
     scales = [leaf.tiles[axis].size for leaf in varying if not leaf.holds_codes]
-    most = limit * length // w.size
+    most = limit * whole // max(w.size, 1)
     fitting = [
-        rows
-        for rows in range(most - most % payload, most // 2, -payload)
-        if all(rows % size == 0 or size % rows == 0 for size in scales)
+        length
+        for length in range(most - most % payload, most // 2, -payload)
+        if all(length % size == 0 or size % length == 0 for size in scales)
     ]
-    dividing = [rows for rows in fitting if length % rows == 0]
-    return min([*dividing, *fitting, math.lcm(payload, *scales)][0], length)
+    dividing = [length for length in fitting if whole % length == 0]
+    return min([*dividing, *fitting, math.lcm(payload, *scales)][0], whole)
 
 
-def _piece(w: AbstractScaledArray, axis: int, i: Array, rows: int) -> AbstractScaledArray:
-    """The `i`-th `rows` entries of `axis`."""
+def _piece(w: AbstractScaledArray, axis: int, i: Array, length: int) -> AbstractScaledArray:
+    """The `i`-th `length` entries of `axis`."""
 
     def cut(leaf: Leaf) -> Leaf:
         size, stored = leaf.tiles[axis]
         if leaf.is_constant_along(axis):
-            return leaf.with_axis(axis, leaf.array, constant_tile(rows), rows)
-        if rows % size:
-            array = lax.dynamic_slice_in_dim(leaf.array, i * rows // size, 1, axis)
-            return leaf.with_axis(axis, array, constant_tile(rows), rows)
-        count = rows // size * stored
+            return leaf.with_axis(axis, leaf.array, constant_tile(length), length)
+        if length % size:
+            array = lax.dynamic_slice_in_dim(leaf.array, i * length // size, 1, axis)
+            return leaf.with_axis(axis, array, constant_tile(length), length)
+        count = length // size * stored
         array = lax.dynamic_slice_in_dim(leaf.array, i * count, count, axis)
-        return leaf.with_axis(axis, array, leaf.tiles[axis], rows)
+        return leaf.with_axis(axis, array, leaf.tiles[axis], length)
 
     return w.moved(cut)
-
-
-def slice_rows(w: AbstractScaledArray, axis: int, start: int, stop: int) -> AbstractScaledArray:
-    """The entries of `axis` from `start` to `stop`."""
-    return w.moved(lambda leaf: reslice(leaf, axis, start, stop))

@@ -15,26 +15,26 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..._scaled import AbstractScaledArray
-from ...tiles import Packing, payload_leaf, scale_leaf, spread, Tile
-from ..pieces import zeros
-from .reference import Axes
+from ...._scaled import AbstractScaledArray
+from ....tiles import spread
+from ...in_pieces import zeros
+from ..product import Product, Target
 
 
 BYTES = 256
 
 
-def supports(x: Array, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
-    """Whether `tables` computes this product: along the first stored axis of `w` alone, packed in bytes, with
-    scales that are constant along it or on whole tiles of the payload."""
-    payloads, packing = [name for name, leaf in w.leaves().items() if leaf.holds_codes], w.packing
-    scale = w.scale_leaf
+def supports(product: Product) -> bool:
+    """Whether `compute` does: products along the first stored axis of `w` alone, packed in bytes, with scales that
+    are constant along it or on whole tiles of the payload."""
+    w, axes, packing, scale = product.w, product.axes, product.w.packing, product.w.scale_leaf
     return (
-        x.size > 0
+        product.x.size > 0
         and w.ndim >= 2
         and packing is not None
         and packing.axis == -w.ndim
-        and payloads == [w.payload]
+        and [*w.payloads] == [w.payload]
+        and type(w).plane is AbstractScaledArray.plane  # a value follows from its code alone
         and w.payload_leaf.array.dtype == jnp.uint8
         and axes.w_contract == (0,)
         and not axes.w_batch
@@ -46,22 +46,20 @@ def supports(x: Array, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> b
     )
 
 
-def tables(
-    x: Array, w: AbstractScaledArray, *, axes: Axes, precision: Any, accumulate: Any
-) -> Array:
+def compute(product: Product, target: Target) -> Array:
     """As `reference`, where `supports` says so."""
+    w, accumulate = product.w, product.accumulate
     packing, scale = w.packing, w.scale_leaf
     assert packing is not None
-    (x_axis,) = axes.x_contract
-    x = jnp.moveaxis(x, x_axis, -1).astype(accumulate)
+    (x_axis,) = product.axes.x_contract
+    x = jnp.moveaxis(product.x, x_axis, -1).astype(accumulate)
     parts = packing._replace(axis=-1).split(x)
     parts = jnp.stack([part.reshape(-1, packing.stored) for part in parts], -1)
     payload = w.payload_leaf.array.reshape(packing.stored, -1)
     look_up, scales = _look_up, None
     if scale is not None:
-        scales = (
-            spread(scale, range(1, w.ndim)).astype(accumulate).reshape(scale.array.shape[0], -1)
-        )
+        scales = spread(scale, range(1, w.ndim)).astype(accumulate)
+        scales = scales.reshape(scale.array.shape[0], -1)
         if not scale.is_constant_along(0):
             per_scale = scale.tiles[0].size // packing.tile.size * packing.tile.stored
             look_up = partial(_look_up_scaled, scales=scales, bytes_per_scale=per_scale)
@@ -75,12 +73,9 @@ def tables(
 def _values_of_bytes(w: AbstractScaledArray, dtype: Any) -> Array:
     """The values of the elements (rows) of each byte (columns)."""
     assert w.packing is not None
-    packing = Packing(-1, BYTES * w.packing.elements, Tile(w.packing.elements))
-    leaves = {w.payload: payload_leaf(jnp.arange(BYTES, dtype=jnp.uint8), packing)}
-    if w.scale_leaf is not None:
-        leaves["scale"] = scale_leaf(jnp.ones(1), (packing.length,))
-    each = w.with_leaves(leaves)
-    return jnp.stack([each.plane(i, dtype) for i in range(packing.elements)])
+    stored, elements = jnp.arange(BYTES, dtype=jnp.uint8), w.packing.elements
+    codes = [w.coding.unpack(stored, i, elements) for i in range(elements)]
+    return jnp.stack([w.coding.value(each, dtype) for each in codes])
 
 
 def _look_up(parts: Array, payload: Array, values: Array) -> Array:

@@ -11,62 +11,47 @@ Each sum is exact in 32 bits. What is left out of $x_j$ is below $s / 254^3$: as
 
 import functools
 import operator
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from ..._scaled import AbstractScaledArray
 from ...tiles import spread
-from ..pieces import by_pieces, rows_per_piece
-from .reference import Axes
+from ..activations import scaled_to_int8
+from ..in_pieces import by_pieces
+from .product import Product, Target
 
 
-DIGITS = 3
 BASE = 254
-# Packed weights are decoded in tiles. Measured on two AVX-512 cores, 4096 x 4096: 2 or 4 of them are as
-# fast as any, 16 take 1.5 times as long. Tiles of at most 4 MiB stay in the cache.
-TILES = 4
-MAX_TILE = 4 << 20
+TILES = 4  # of a packed weight: on two AVX-512 cores, 2 or 4 are as fast as any, 16 take 1.5 times as long
+MAX_TILE = 4 << 20  # bytes that stay in the cache
 
 
-def supports(x: Array, w: AbstractScaledArray, axes: Axes, accumulate: Any) -> bool:
-    """Whether `integer` computes this product: of integers, along the last stored axis of `w` alone, with a
-    scale that leaves the sum."""
-    if w.ndim < 2:
-        return False
-    axis = w.ndim - 1
-    scale = w.scale_leaf
+def supports(product: Product) -> bool:
+    """Whether `compute` does: products with integers, along the last stored axis of `w` alone, with a scale that
+    leaves the sum."""
+    w, axis = product.w, product.w.ndim - 1
     return (
-        w.integers
-        and not axes.w_batch
-        and axes.w_contract == (axis,)
+        w.ndim >= 2
+        and w.integers
+        and not product.axes.w_batch
+        and product.axes.w_contract == (axis,)
         and (w.packing is None or w.packing.axis == -1)
-        and (scale is None or scale.is_constant_along(axis))
-        and jnp.dtype(accumulate) == jnp.float32
+        and product.scale_leaves_the_sum
+        and jnp.dtype(product.accumulate) == jnp.float32
         and w.shape[axis] * 127 * 128 < 2**31
     )
 
 
-def integer(
-    x: Array,
-    w: AbstractScaledArray,
-    *,
-    axes: Axes,
-    precision: Any,
-    accumulate: Any,
-    digits: int = DIGITS,
-) -> Array:
-    """As `reference`, where `supports` says so. One digit is exact if `x` comes from `rounded_rows`.
+def compute(product: Product, target: Target) -> Array:
+    """As `reference`, where `supports` says so. One digit is exact if `x` is rounded to 8 bits.
 
     A row of `x` that holds an infinity gives infinities or NaN, one that holds NaN gives NaN.
     """
-    (x_axis,) = axes.x_contract
-    x = jnp.moveaxis(x, x_axis, 0)
+    w, digits, accumulate = product.w, product.digits, product.accumulate
+    (x_axis,) = product.axes.x_contract
+    x = jnp.moveaxis(product.x, x_axis, 0)
     columns = x.reshape(len(x), -1).astype(accumulate)
     parts, unit = _digits(columns, digits)
     sums = _sums(parts, w).reshape(*w.shape[:-1], digits, columns.shape[1]).astype(accumulate)
@@ -74,41 +59,13 @@ def integer(
     for i in reversed(range(digits - 1)):
         y = lax.index_in_dim(sums, i, w.ndim - 1, keepdims=False) + y / BASE
     if w.scale_leaf is not None:
-        free = range(w.ndim - 1)
-        y = y * spread(w.scale_leaf, free).astype(accumulate)
+        y = y * spread(w.scale_leaf, range(w.ndim - 1)).astype(accumulate)
     return jnp.moveaxis(y * unit, -1, 0).reshape(*x.shape[1:], *w.shape[:-1])
-
-
-def rounded_rows(x: Array, axes: Sequence[int]) -> Array:
-    """`x` rounded to 8 bits: the numbers along `axes` to integers times their largest magnitude over 127.
-    Its derivative is the identity."""
-    return _rounded_rows(x, tuple(axes))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _rounded_rows(x: Array, axes: tuple[int, ...]) -> Array:
-    scaled, unit = _scaled(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes)
-    # Rounding to the dtype of `x` may move a number, but not to where another integer is nearest.
-    rounded = jnp.where(jnp.isinf(unit), jnp.where(jnp.isinf(x), x, 0), jnp.round(scaled) * unit)
-    return rounded.astype(x.dtype)
-
-
-@_rounded_rows.defjvp
-def _rounded_rows_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return _rounded_rows(*primals, axes), tangents[0]
-
-
-def _scaled(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
-    """`x` over a 127th of its largest magnitude along `axes`, and that: the unit of its digits."""
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
-    unit = jnp.maximum(largest / 127, jnp.finfo(x.dtype).tiny)
-    # Infinite inputs are the only ones that count in their row.
-    return jnp.where(jnp.isinf(x), jnp.sign(x) * 127, x / unit), unit
 
 
 def _digits(x: Array, count: int) -> tuple[Array, Array]:
     """The digits of the columns of `x`, side by side (inputs, digits x columns), and their units."""
-    rest, unit = _scaled(x, (0,))
+    rest, unit = scaled_to_int8(x, (0,))
     digits = []
     for _ in range(count):
         digit = jnp.round(rest)
@@ -134,7 +91,7 @@ def _sums(digits: Array, w: AbstractScaledArray) -> Array:
         digits,
         w,
         axis=axis,
-        rows=rows_per_piece(w, axis, min(w.size // TILES, MAX_TILE)),
+        limit=min(w.size // TILES, MAX_TILE),
         x_axis=None,
         y_axis=axis,
         shape=(*w.shape[:-1], digits.shape[1]),

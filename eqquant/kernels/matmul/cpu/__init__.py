@@ -1,0 +1,1 @@
+"""Implementations for CPUs, and which of all serves best there."""
