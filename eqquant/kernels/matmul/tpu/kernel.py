@@ -29,7 +29,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .... import _compat
 from ...in_pieces import zeros
-from .product import MAX_ROWS
 
 
 SUBLANES, LANES = 8, 128
@@ -51,12 +50,13 @@ def product(
     bytes_per_tile: int,
     bytes_per_scale: int | None,
     sum_last: bool,
+    max_rows: int,
     interpret: Any,
 ) -> Array:
     """Inputs (rows, elements) times the weight, where the elements fill all tiles of the payload.
 
     The payload is (outputs, bytes) if `sum_last`, else (bytes, outputs); `scales` is (outputs, blocks). The result is
-    float32, (rows, outputs).
+    float32, (rows, outputs): at most `max_rows` of them at a time.
     """
     rows, stored = len(x), x.shape[1] // 2
     outputs = payload.shape[0 if sum_last else 1]
@@ -82,7 +82,7 @@ def product(
     scales = scales.reshape(-1, *groups, -(-steps // held), per_step)
     scales = scales.transpose(0, 2, 3, 4, 1) if sum_last else scales.transpose(0, 1, 3, 4, 2)
     table = jnp.broadcast_to(jnp.asarray(levels, jnp.float32)[:, None], (len(levels), LANES))
-    height = min(rows, MAX_ROWS)
+    height = min(rows, max_rows)
 
     def body(table_ref: Any, x_ref: Any, payload_ref: Any, scale_ref: Any, out_ref: Any) -> None:
         @pl.when(pl.program_id(2) == 0)

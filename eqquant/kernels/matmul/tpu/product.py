@@ -67,6 +67,7 @@ def compute(product: Product, target: Target, *, interpret: Any = False) -> Arra
             bytes_per_tile=packing.tile.stored,
             bytes_per_scale=_bytes_per_scale(packing, scale),
             sum_last=axis == 1,
+            max_rows=MAX_ROWS,
             interpret=interpret,
         )
 
