@@ -20,7 +20,11 @@ from ._implicit_array import (
 from ._matmul import matmul_bf16_int8_weight_only as matmul_bf16_int8_weight_only
 from ._model import materialize as materialize, quantize as quantize
 from ._report import plan as plan, Report as Report, report as report, ReportRow as ReportRow
-from ._scaled import AbstractScaledArray as AbstractScaledArray
+from ._scaled import (
+    AbstractScaledArray as AbstractScaledArray,
+    CodedScale as CodedScale,
+    StoredFactor as StoredFactor,
+)
 from ._training import (
     fake_quantize as fake_quantize,
     LearnedStep as LearnedStep,

@@ -39,7 +39,7 @@ class ImplicitArray(eqx.Module):
         """This array in row-major order, the form that every rule of the family takes."""
         return self.without_views()
 
-    def sliceable(self, axes: Sequence[int] = (0,)) -> "ImplicitArray | None":
+    def per_element_along(self, axes: Sequence[int] = (0,)) -> "ImplicitArray | None":
         """This array with every leaf as long as it is along `axes`, so that it can be cut or joined
         there as a pytree; None if it has no such form."""
         return None

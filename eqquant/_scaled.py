@@ -27,10 +27,10 @@ from ._array import QuantizedArray
 from .coding import Coding
 from .tiles import (
     BlockSize,
+    broadcastable,
     check_scale,
     combine,
     common_block_size,
-    EACH,
     Leaf,
     Packing,
     packing_of,
@@ -38,9 +38,10 @@ from .tiles import (
     Role,
     rounded,
     scale_leaf,
-    spread,
     Tile,
+    to_elements,
     Unaligned,
+    UNIT,
 )
 
 
@@ -122,7 +123,7 @@ class AbstractScaledArray(QuantizedArray):
     block_size: eqx.AbstractVar[BlockSize]
     """How many elements share a stored factor or summand along an axis that has several; None if no axis has. One
     with blocks of another size has a field of its own for that: `<name>_block_size`."""
-    via: eqx.AbstractVar[tuple[np.dtype, ...]]
+    casts: eqx.AbstractVar[tuple[np.dtype, ...]]
     """The dtypes that the values were rounded to before they were cast to `dtype`."""
 
     high_payload: ClassVar[str | None] = None
@@ -138,12 +139,13 @@ class AbstractScaledArray(QuantizedArray):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "materialize" in cls.__dict__:
-            raise TypeError(
-                f"{cls.__name__}.materialize: the value of a scaled array is its scale times its values plus its "
-                "offset, and products rely on that. Override `plane`, `scale_leaf` or `offset_leaf` instead, or derive "
-                "from eqquant.QuantizedArray."
-            )
+        for name in ("materialize", "values"):
+            if name in cls.__dict__:
+                raise TypeError(
+                    f"{cls.__name__}.{name}: the value of a scaled array is its scale times its values plus its "
+                    "offset, and products rely on that. Give it a `coding`, or override `plane`, `scale_leaf` or "
+                    "`offset_leaf`; or derive from eqquant.QuantizedArray."
+                )
         if "payload" not in cls.__dict__:
             return
         read = {cls.payload, cls.high_payload, *cls.factors, *cls.summands}
@@ -232,9 +234,9 @@ class AbstractScaledArray(QuantizedArray):
             )
         x = jnp.asarray(array).astype(self.compute_dtype)
         if (offset := self.offset_leaf) is not None:
-            x = x - spread(offset).astype(x.dtype)
+            x = x - broadcastable(offset).astype(x.dtype)
         if (scale := self.scale_leaf) is not None:
-            scales = spread(scale).astype(x.dtype)
+            scales = broadcastable(scale).astype(x.dtype)
             x = jnp.where(scales == 0, 0, x / jnp.where(scales == 0, 1, scales))
         return self.replace(**self._encoded(x))
 
@@ -388,7 +390,7 @@ class AbstractScaledArray(QuantizedArray):
                 changes |= {} if new is value else {name: new}
         return self.replace(**changes) if changes else self
 
-    def sliceable(self, axes: Sequence[int] = (0,)) -> "AbstractScaledArray | None":
+    def per_element_along(self, axes: Sequence[int] = (0,)) -> "AbstractScaledArray | None":
         stored = jtu.tree_leaves(self)
         if all(leaf.shape[a : a + 1] == (self.shape[a],) for leaf in stored for a in axes):
             return self
@@ -416,9 +418,9 @@ class AbstractScaledArray(QuantizedArray):
         """A copy with some of its fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def with_dtype(self: _Scaled, dtype: np.dtype, via: tuple[np.dtype, ...]) -> _Scaled:
+    def with_dtype(self: _Scaled, dtype: np.dtype, casts: tuple[np.dtype, ...]) -> _Scaled:
         """An array of the same leaves with another logical dtype (see `cast`)."""
-        return self.replace(dtype=dtype, via=via)
+        return self.replace(dtype=dtype, casts=casts)
 
     def materialize(self) -> Array:
         """The dense array of `shape` and `dtype`: the values times the scale plus the offset, computed in float32
@@ -499,17 +501,17 @@ def _each_along(leaf: Leaf, axes: Sequence[int]) -> Leaf:
         if leaf.array.shape[axis] != leaf.shape[axis]:
             if leaf.holds_codes:
                 raise Unaligned
-            leaf = leaf.with_axis(axis, spread(leaf, [axis]), EACH, leaf.shape[axis])
+            leaf = leaf.with_axis(axis, to_elements(leaf, [axis]), UNIT, leaf.shape[axis])
     return leaf
 
 
 def _decode(array: AbstractScaledArray) -> Array:
     x = array.values(array.compute_dtype)
     if (scale := array.scale_leaf) is not None:
-        x = x * spread(scale).astype(x.dtype)
+        x = x * broadcastable(scale).astype(x.dtype)
     if (offset := array.offset_leaf) is not None:
-        x = rounded(x) + spread(offset).astype(x.dtype)
-    for dtype in (*array.via, array.dtype):
+        x = rounded(x) + broadcastable(offset).astype(x.dtype)
+    for dtype in (*array.casts, array.dtype):
         x = x.astype(dtype)
     return x
 
@@ -525,8 +527,8 @@ _decode_in_one_pass = jax.jit(_decode)
 
 
 def cast(array: AbstractScaledArray, dtype: Any) -> tuple[np.dtype, tuple[np.dtype, ...]]:
-    """The `dtype` and `via` of `array` cast to a floating-point `dtype`, value for value."""
-    chain = [array.compute_dtype, *array.via, array.dtype, jnp.dtype(dtype)]
+    """The `dtype` and `casts` of `array` cast to a floating-point `dtype`, value for value."""
+    chain = [array.compute_dtype, *array.casts, array.dtype, jnp.dtype(dtype)]
     for i in range(len(chain) - 2, 0, -1):  # a cast that lost nothing need not be remembered
         if jnp.promote_types(chain[i - 1], chain[i]) == chain[i]:
             del chain[i]

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from .tiles import EACH, Leaf
+from .tiles import Leaf, UNIT
 
 
 def as_spec(axis: PartitionSpec | Sequence[Any] | str | None) -> PartitionSpec:
@@ -69,7 +69,7 @@ def _check_whole(length: int, axis: int, size: int, names: Any, mesh: Any, what:
 
 def replicate(array: Any, name: str, like: NamedSharding | PartitionSpec, batch: int = 0) -> Any:
     """`array` as a whole on all devices of the mesh of a sharding, but for its first `batch` axes."""
-    leaf = Leaf(array, array.shape, (EACH,) * array.ndim, role="codes")
+    leaf = Leaf(array, array.shape, (UNIT,) * array.ndim, role="codes")
     if isinstance(like, PartitionSpec):
         return place(leaf, name, PartitionSpec(*like[:batch]))
     return place(leaf, name, like.update(spec=PartitionSpec(*like.spec[:batch])))

@@ -17,7 +17,7 @@ from ._implicit_array import as_dense, in_row_major
 from ._scaled import AbstractScaledArray
 from ._transposed import ColumnMajor
 from .formats import Array8B
-from .tiles import spread
+from .tiles import broadcastable
 
 
 def trainable(model: Any, *, scales: bool = False) -> Any:
@@ -180,9 +180,9 @@ def _largest(q: Any) -> Array:
         )
     ends = [jnp.asarray(end, jnp.float32) for end in q.coding.range]
     if (scale := q.scale_leaf) is not None:
-        ends = [end * spread(scale) for end in ends]
+        ends = [end * broadcastable(scale) for end in ends]
     if (offset := q.offset_leaf) is not None:
-        ends = [end + spread(offset) for end in ends]
+        ends = [end + broadcastable(offset) for end in ends]
     slack = 1 + 4 * jnp.finfo(jnp.float32).eps
     return jnp.maximum(*map(jnp.abs, ends)) * slack
 

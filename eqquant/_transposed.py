@@ -73,10 +73,10 @@ class ColumnMajor(QuantizedArray):
     def in_row_major(self) -> AbstractScaledArray:
         return self.view.without_views()
 
-    def sliceable(self, axes: Sequence[int] = (0,)) -> "QuantizedArray | None":
+    def per_element_along(self, axes: Sequence[int] = (0,)) -> "QuantizedArray | None":
         if any(axis >= self.ndim - 2 for axis in axes):
-            return self.in_row_major().sliceable(axes)
-        stored = self.stored.sliceable(axes)
+            return self.in_row_major().per_element_along(axes)
+        stored = self.stored.per_element_along(axes)
         return None if stored is None else ColumnMajor(stored)  # pyright: ignore[reportCallIssue]
 
     @property

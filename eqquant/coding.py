@@ -69,7 +69,8 @@ class Coding:
         if self.signed or (self.low, self.step) == (0, 1):
             return codes.astype(dtype)
         # In 16 bits: CPUs compute in those as fast as in 8, GPUs in two thirds of the instructions.
-        return (self.step * codes.astype(jnp.int16) + self.low).astype(dtype)
+        steps = codes.astype(jnp.int16)
+        return ((steps if self.step == 1 else self.step * steps) + self.low).astype(dtype)
 
     @property
     def range(self) -> tuple[float | int, float | int]:

@@ -87,8 +87,10 @@ class AdaptedArray(QuantizedArray):
         base = without_views(self.base)
         return self if base is self.base else self.replace(base=base)
 
-    def sliceable(self, axes: Sequence[int] = (0,)) -> "AdaptedArray | None":
-        base = self.base.sliceable(axes) if isinstance(self.base, ImplicitArray) else self.base
+    def per_element_along(self, axes: Sequence[int] = (0,)) -> "AdaptedArray | None":
+        base = (
+            self.base.per_element_along(axes) if isinstance(self.base, ImplicitArray) else self.base
+        )
         inside = all(axis < len(self.shape) - 2 for axis in axes)
         return self.replace(base=base) if inside and base is not None else None
 

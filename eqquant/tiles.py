@@ -27,7 +27,7 @@ class Tile(NamedTuple):
     stored: int = 1
 
 
-EACH = Tile(1)
+UNIT = Tile(1)
 """One stored element for one logical element."""
 
 
@@ -156,7 +156,7 @@ def payload_leaf(array: Any, packing: Packing | None) -> Leaf:
 
     **Raises:** `ValueError` if the packed axis of `array` does not hold what `packing` says.
     """
-    tiles, shape = [EACH] * array.ndim, list(array.shape)
+    tiles, shape = [UNIT] * array.ndim, list(array.shape)
     if packing is not None:
         packing.check(shape)
         tiles[packing.axis], shape[packing.axis] = packing.tile, packing.length
@@ -183,7 +183,7 @@ def scale_leaf(
         if stored == 1:
             tiles.append(constant_tile(length))
         elif stored == length:
-            tiles.append(EACH)
+            tiles.append(UNIT)
         else:
             tiles.append(Tile(block_size_along(block_size, axis - len(shape))))
     return Leaf(scale, tuple(shape), tuple(tiles), role)
@@ -230,26 +230,27 @@ def check_scale(name: str, scale: Any, shape: Sequence[int], block_size: BlockSi
             )
 
 
-def spread(leaf: Leaf, axes: Sequence[int] | None = None) -> Array:
-    """A scale with one stored element for each logical one along `axes` (all by default).
-
-    Along the other axes it is left as it is; an axis of constant scale stays at length 1 unless
-    named in `axes`.
-    """
+def to_elements(leaf: Leaf, axes: Iterable[int]) -> Array:
+    """A factor or summand with one number for each logical element along these axes, and along the others as it is."""
     array = leaf.array
-    for axis, (tile, length) in enumerate(zip(leaf.tiles, leaf.shape, strict=True)):
-        if array.shape[axis] == length or (axes is None and leaf.is_constant_along(axis)):
+    for axis in axes:
+        length = leaf.shape[axis]
+        if array.shape[axis] == length:
             continue
-        if axes is None or axis in axes:
-            if array.shape[axis] == 1:
-                array = lax.broadcast_in_dim(
-                    array,
-                    (*array.shape[:axis], length, *array.shape[axis + 1 :]),
-                    range(array.ndim),
-                )
-            else:
-                array = repeat(array, tile.size, axis, length)
+        if leaf.is_constant_along(axis):
+            shape = (*array.shape[:axis], length, *array.shape[axis + 1 :])
+            array = lax.broadcast_in_dim(array, shape, range(array.ndim))
+        else:
+            array = repeat(array, leaf.tiles[axis].size, axis, length)
     return array
+
+
+def broadcastable(leaf: Leaf) -> Array:
+    """A factor or summand that combines with the logical array: one number for each element along an axis, or one for
+    all of them."""
+    return to_elements(
+        leaf, [axis for axis in range(len(leaf.shape)) if not leaf.is_constant_along(axis)]
+    )
 
 
 def combine(function: Callable[[Array, Array], Array], a: Leaf, b: Leaf) -> Leaf:
@@ -271,7 +272,7 @@ def _refined(leaf: Leaf, other: Leaf, axis: int) -> Leaf:
     if own % theirs == 0:
         array = repeat(leaf.array, own // theirs, axis, other.array.shape[axis])
         return leaf.with_axis(axis, array, other.tiles[axis], leaf.shape[axis])
-    return leaf.with_axis(axis, spread(leaf, [axis]), EACH, leaf.shape[axis])
+    return leaf.with_axis(axis, to_elements(leaf, [axis]), UNIT, leaf.shape[axis])
 
 
 def rounded(x: Array) -> Array:
@@ -303,7 +304,7 @@ def reslice(leaf: Leaf, axis: int, start: int, stop: int, stride: int = 1) -> Le
         return leaf.with_axis(axis, array, constant_tile(len(indices)), len(indices))
     if size == 1:
         array = lax.slice_in_dim(array, start, stop, stride, axis)
-        return leaf.with_axis(axis, array, EACH, len(indices))
+        return leaf.with_axis(axis, array, UNIT, len(indices))
     if not leaf.holds_codes and len(indices) and start // size == indices[-1] // size:
         one = lax.slice_in_dim(array, start // size, start // size + 1, axis=axis)
         return leaf.with_axis(axis, one, constant_tile(len(indices)), len(indices))
@@ -336,7 +337,7 @@ def transpose(leaf: Leaf, permutation: Sequence[int]) -> Leaf:
 
 def insert_axis(leaf: Leaf, axis: int) -> Leaf:
     """`leaf` of the logical array with a new axis of length 1 before `axis`."""
-    tiles = (*leaf.tiles[:axis], EACH, *leaf.tiles[axis:])
+    tiles = (*leaf.tiles[:axis], UNIT, *leaf.tiles[axis:])
     shape = (*leaf.shape[:axis], 1, *leaf.shape[axis:])
     return Leaf(lax.expand_dims(leaf.array, (axis,)), shape, tiles, leaf.role)
 
@@ -361,7 +362,7 @@ def widen(leaf: Leaf, axis: int, length: int) -> Leaf:
     if not leaf.holds_codes:
         return leaf.with_axis(axis, array, constant_tile(length), length)
     array = lax.broadcast_in_dim(array, shape, range(array.ndim))
-    return leaf.with_axis(axis, array, EACH, length)
+    return leaf.with_axis(axis, array, UNIT, length)
 
 
 def join(leaves: Sequence[Leaf], axis: int) -> Leaf:
@@ -400,7 +401,7 @@ def pad(leaf: Leaf, axis: int, low: int, high: int, interior: int, filler: Any) 
     config = [(0, 0, 0)] * leaf.array.ndim
     config[axis] = (low, high, interior)
     array = lax.pad(leaf.array, jnp.asarray(filler, leaf.array.dtype), config)
-    return leaf.with_axis(axis, array, EACH, new_length)
+    return leaf.with_axis(axis, array, UNIT, new_length)
 
 
 def dynamic_slice(leaf: Leaf, axis: int, start: Any, size: int) -> Leaf:
@@ -413,10 +414,10 @@ def dynamic_slice(leaf: Leaf, axis: int, start: Any, size: int) -> Leaf:
     start = jnp.clip(start, 0, length - size)
     if leaf.tiles[axis].size == 1:
         array = lax.dynamic_slice_in_dim(leaf.array, start, size, axis)
-        return leaf.with_axis(axis, array, EACH, size)
+        return leaf.with_axis(axis, array, UNIT, size)
     if not leaf.holds_codes and size == 1:
         array = lax.dynamic_slice_in_dim(leaf.array, start // leaf.tiles[axis].size, 1, axis)
-        return leaf.with_axis(axis, array, EACH, 1)
+        return leaf.with_axis(axis, array, UNIT, 1)
     raise Unaligned
 
 
@@ -426,7 +427,7 @@ def reshape(leaf: Leaf, new_shape: Sequence[int]) -> Leaf:
     packed_alone = any(n == 1 and leaf.is_packed_along(axis) for axis, n in enumerate(shape))
     if 0 in shape or packed_alone:
         raise Unaligned
-    tiles = [EACH] * len(new_shape)
+    tiles = [UNIT] * len(new_shape)
     stored = [1] * len(new_shape)
     for old, new in _matching_axes(shape, new_shape):
         flat, count = _merge(leaf, old)
@@ -484,7 +485,7 @@ def _split(
         if length % tile.size == 0:
             n = length // tile.size * tile.stored
             out.append((axis, tile, n))
-            tile = EACH
+            tile = UNIT
         elif not holds_codes and tile.size % length == 0:
             n = 1
             out.append((axis, constant_tile(length), n))

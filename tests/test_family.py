@@ -19,8 +19,8 @@ from eqquant.tiles import (
     packing_of,
     payload_leaf,
     scale_leaf,
-    spread,
     Tile,
+    to_elements,
     Unaligned,
 )
 
@@ -29,7 +29,9 @@ from eqquant.tiles import (
 
 
 def test_a_format_that_redefines_its_value_is_refused_when_it_is_made():
-    with pytest.raises(TypeError, match=r"Redefined\.materialize.*Override `plane`, `scale_leaf`"):
+    with pytest.raises(
+        TypeError, match=r"Redefined\.materialize.*Give it a `coding`, or override `plane`"
+    ):
 
         class Redefined(eqq.Array8B):
             def materialize(self) -> Any:
@@ -46,7 +48,7 @@ def test_a_field_that_nothing_reads_is_refused_when_the_class_is_made():
             scale: Float[Array, "..."]
             minimum: Float[Array, "..."]
             dtype: np.dtype = eqx.field(static=True)
-            via: tuple[np.dtype, ...] = eqx.field(static=True, default=())
+            casts: tuple[np.dtype, ...] = eqx.field(static=True, default=())
 
             payload: ClassVar[str] = "codes"
             coding: ClassVar[Coding] = Coding(bits=4)
@@ -60,7 +62,7 @@ def test_static_facts_and_class_variables_are_no_stored_fields():
         scale: Float[Array, "..."]
         note: str = eqx.field(static=True)
         dtype: np.dtype = eqx.field(static=True)
-        via: tuple[np.dtype, ...] = eqx.field(static=True, default=())
+        casts: tuple[np.dtype, ...] = eqx.field(static=True, default=())
         unit: "ClassVar[str]" = "m"
 
         payload: ClassVar[str] = "codes"
@@ -254,7 +256,9 @@ def test_two_leaves_of_numbers_are_combined_on_common_tiles(first, second):
 
     a, b = leaf(first, 0), leaf(second, 1)
     both = combine(jnp.multiply, a, b)
-    np.testing.assert_array_equal(spread(both, [0, 1]), spread(a, [0, 1]) * spread(b, [0, 1]))
+    np.testing.assert_array_equal(
+        to_elements(both, [0, 1]), to_elements(a, [0, 1]) * to_elements(b, [0, 1])
+    )
     sizes = {size for size in (first, second) if size}
     if len(sizes) == 1 or max(sizes) % min(sizes) == 0:
         assert both.array.shape[1] == -(-12 // min(sizes))

@@ -380,7 +380,7 @@ class Nibbles(eqq.AbstractScaledArray):
     packing: Any = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
     block_size: Any = eqx.field(static=True, default=None)
-    via: Any = eqx.field(static=True, default=())
+    casts: Any = eqx.field(static=True, default=())
     payload = "codes"
 
     def plane(self, i: int, dtype: Any) -> jax.Array:

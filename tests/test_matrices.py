@@ -14,7 +14,7 @@ from eqquant.kernels.matmul.as_matrices import by_matrices, holds_for_matrices
 from eqquant.kernels.matmul.axes import Axes
 from eqquant.kernels.matmul.product import Product, Target
 from eqquant.testing import LAYOUTS
-from eqquant.tiles import spread, Unaligned
+from eqquant.tiles import broadcastable, Unaligned
 
 
 # Merged axes need scales of blocks, and whole tiles in 8 elements.
@@ -53,7 +53,7 @@ def test_by_matrices(case, format):
     def product(x: Any, w: Any, scale: Any, axis: int) -> Any:
         sizes.append(w.size)
         assert w.shape[axis] == x.shape[1]
-        values = w.values(jnp.float32) * (1 if scale is None else spread(scale))
+        values = w.values(jnp.float32) * (1 if scale is None else broadcastable(scale))
         return lax.dot_general(x, values, (((1,), (axis,)), ((), ())))
 
     y = by_matrices(product, x, w, axes)

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
 import eqquant as eqq
+from eqquant.coding import Coding
 from eqquant.kernels import convolution, quantized_dot_general
 from eqquant.kernels.matmul import xla
 from eqquant.kernels.matmul.axes import Axes
@@ -21,7 +22,7 @@ from eqquant.kernels.matmul.cpu import tiled
 from eqquant.kernels.matmul.gpu import product as gpu
 from eqquant.kernels.matmul.product import Product, Target
 from eqquant.kernels.matmul.tpu import product as tpu
-from eqquant.tiles import Leaf, Packing, scale_block_size, scale_leaf, spread, Tile
+from eqquant.tiles import Packing, Tile
 
 
 LEVELS = tuple(float(np.sin(i)) for i in range(16))
@@ -36,49 +37,23 @@ class Affine(eqq.AbstractScaledArray):
     packing: Packing | None = eqx.field(static=True)
     block_size: int | None = eqx.field(static=True, default=None)
     dtype: np.dtype = eqx.field(static=True, default=np.dtype("float32"))
-    via: tuple[np.dtype, ...] = eqx.field(static=True, default=())
+    casts: tuple[np.dtype, ...] = eqx.field(static=True, default=())
 
     payload: ClassVar[str] = "codes"
-    integers: ClassVar[bool] = True
-
-    @property
-    def offset_leaf(self) -> Leaf:
-        return scale_leaf(self.offset, self.shape, self.block_size)
-
-    def plane(self, i: int, dtype: Any) -> Array:
-        codes = self.codes if self.packing is None else self.codes >> (4 - 4 * i)
-        return (codes & 15).astype(dtype)
-
-    def leaves(self) -> dict[str, Leaf]:
-        return super().leaves() | {"offset": self.offset_leaf}
-
-    def with_leaves(self, leaves: dict[str, Leaf]) -> Any:
-        sizes = scale_block_size(leaves["scale"]), scale_block_size(leaves["offset"])
-        made = super().with_leaves(leaves)
-        return made.replace(offset=leaves["offset"].array, block_size=sizes[0] or sizes[1])
-
-    def materialize(self) -> Array:
-        x = self.values(jnp.float32) * spread(self.scale_leaf) + spread(self.offset_leaf)
-        return x.astype(self.dtype)
+    summands: ClassVar[tuple[str, ...]] = ("offset",)
+    coding: ClassVar[Coding] = Coding(bits=4, first="high")
 
 
 class OfLevels(Affine):
     """With sixteen levels for $q$."""
 
-    integers: ClassVar[bool] = False
-    codebook: ClassVar[tuple[float, ...]] = LEVELS
-
-    def plane(self, i: int, dtype: Any) -> Array:
-        return jnp.asarray(LEVELS, dtype)[super().plane(i, jnp.int32)]
+    coding: ClassVar[Coding] = Coding(bits=4, levels=LEVELS, first="high")
 
 
-class LowFirst(OfLevels):
+class LowFirst(Affine):
     """The first of two in a byte is in its low half."""
 
-    first: ClassVar[str] = "low"
-
-    def plane(self, i: int, dtype: Any) -> Array:
-        return super().plane(1 - i, dtype)
+    coding: ClassVar[Coding] = Coding(bits=4, levels=LEVELS)
 
 
 def affine(

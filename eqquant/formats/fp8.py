@@ -67,7 +67,7 @@ class ArrayFP8(AbstractScaledArray):
     """`"e4m3"` or `"e5m2"`."""
     dtype: np.dtype = eqx.field(static=True, default=np.dtype(np.float32))
     """The dtype of the logical array."""
-    via: tuple[np.dtype, ...] = eqx.field(static=True, default=())
+    casts: tuple[np.dtype, ...] = eqx.field(static=True, default=())
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "bits"

@@ -68,7 +68,7 @@ class ArrayInt4(AbstractScaledArray):
     """`"symmetric"` or `"affine"`."""
     dtype: np.dtype = eqx.field(static=True, default=np.dtype(np.float32))
     """The dtype of the logical array."""
-    via: tuple[np.dtype, ...] = eqx.field(static=True, default=())
+    casts: tuple[np.dtype, ...] = eqx.field(static=True, default=())
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "codes"

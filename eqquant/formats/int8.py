@@ -24,7 +24,7 @@ from .._checks import (
 from .._scaled import AbstractScaledArray
 from ..coding import Coding
 from ..rounding import absmax as absmax_of, stored_block_size
-from ..tiles import BlockSize, scale_leaf, spread
+from ..tiles import BlockSize, broadcastable, scale_leaf
 
 
 class Array8B(AbstractScaledArray):
@@ -60,7 +60,7 @@ class Array8B(AbstractScaledArray):
     """The dtype of the logical array."""
     block_size: BlockSize = eqx.field(static=True)
     """How many elements share a scale along an axis that has several scales; None if no axis has."""
-    via: tuple[np.dtype, ...] = eqx.field(static=True)
+    casts: tuple[np.dtype, ...] = eqx.field(static=True)
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
     activations: Literal["float", "int8"] = eqx.field(static=True)  # pyright: ignore
     """`"int8"` if what this is multiplied with is rounded to 8 bits, too."""
@@ -79,7 +79,7 @@ class Array8B(AbstractScaledArray):
         shape: Sequence[int] | None = None,
         dtype: Any = None,
         block_size: BlockSize = None,
-        via: tuple[np.dtype, ...] = (),
+        casts: tuple[np.dtype, ...] = (),
         activations: Literal["float", "int8"] = "float",
     ):
         """Builds an array from codes and scales that exist already.
@@ -104,7 +104,7 @@ class Array8B(AbstractScaledArray):
         self.weight = weight
         self.dtype = check_dtype("Array8B(dtype=...)", jnp.float32 if dtype is None else dtype)
         self.block_size = block_size
-        self.via = via
+        self.casts = casts
         check_choice("Array8B(activations=...)", activations, ("float", "int8"))
         self.activations = activations
         if shape is not None and tuple(shape) != weight.shape:
@@ -200,6 +200,6 @@ def _quantize(
     # Above 1e37 the reciprocal would be subnormal, and be flushed to zero.
     safe = jnp.where(is_zero, 1, absmax)
     inverse = jnp.where(is_zero, 0, jnp.where(absmax > 1e37, 127 / safe, 127 * (1 / safe)))
-    inverse = spread(scale_leaf(inverse, x.shape, stored_block_size(x, axes, block_size)))
+    inverse = broadcastable(scale_leaf(inverse, x.shape, stored_block_size(x, axes, block_size)))
     weight = jnp.clip(jnp.round(x.astype(wide) * inverse), -127, 127).astype(jnp.int8)
     return jnp.where(is_zero, 1, scale), weight

@@ -20,12 +20,12 @@ from ..tiles import (
     combine,
     common_block_size,
     constant_tile,
-    EACH,
     Leaf,
     repeat,
     rounded,
     scale_leaf,
     Tile,
+    UNIT,
 )
 
 
@@ -115,7 +115,7 @@ class NestedScale(StoredFactor):
             }
         batch, grouped = self.codes.shape[: offset.ndim], self.codes.shape[offset.ndim :]
         flat = Leaf(
-            absmax, (*batch, math.prod(grouped)), (*[EACH] * len(batch), Tile(GROUP)), "factor"
+            absmax, (*batch, math.prod(grouped)), (*[UNIT] * len(batch), Tile(GROUP)), "factor"
         )
         groups = tiles.reshape(flat, self.codes.shape)
         covers = tuple(

@@ -71,7 +71,7 @@ class ArrayNF4(AbstractScaledArray):
     """How many consecutive elements share a scale; None for a 0-d array."""
     dtype: np.dtype = eqx.field(static=True)
     """The dtype of the logical array."""
-    via: tuple[np.dtype, ...] = eqx.field(static=True)
+    casts: tuple[np.dtype, ...] = eqx.field(static=True)
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "packed"
@@ -88,7 +88,7 @@ class ArrayNF4(AbstractScaledArray):
         shape: Sequence[int] | None = None,
         dtype: Any = None,
         packing: Packing | None = None,
-        via: tuple[np.dtype, ...] = (),
+        casts: tuple[np.dtype, ...] = (),
     ):
         """Builds an array from codes and scales that exist already.
 
@@ -113,7 +113,7 @@ class ArrayNF4(AbstractScaledArray):
         self.packed, self.absmax = packed, absmax
         if block_size is None and packing is not None:
             block_size = packing.tile.size
-        self.packing, self.block_size, self.dtype, self.via = packing, block_size, dtype, via
+        self.packing, self.block_size, self.dtype, self.casts = packing, block_size, dtype, casts
         if shape is not None and tuple(shape) != self.shape:
             raise ValueError(f"shape={tuple(shape)} but the leaves say {self.shape}.")
         if sharding is not None:

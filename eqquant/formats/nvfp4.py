@@ -61,7 +61,7 @@ class ArrayNVFP4(AbstractScaledArray):
     """How many elements share a global scale, along an axis on which arrays were joined."""
     dtype: np.dtype = eqx.field(static=True, default=np.dtype(np.float32))
     """The dtype of the logical array."""
-    via: tuple[np.dtype, ...] = eqx.field(static=True, default=())
+    casts: tuple[np.dtype, ...] = eqx.field(static=True, default=())
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "codes"

@@ -25,7 +25,7 @@ from .._scaled import AbstractScaledArray
 from .._sharding import check_tiles
 from ..coding import Coding, TernaryCoding
 from ..rounding import by_blocks, mean_where
-from ..tiles import BlockSize, Packing, scale_leaf, spread, Tile
+from ..tiles import BlockSize, broadcastable, Packing, scale_leaf, Tile
 
 
 Levels = Literal["ternary", "binary"]
@@ -79,7 +79,7 @@ class Array1B(AbstractScaledArray):
     """How many elements share a scale along an axis that has several scales; None if no axis has."""
     dtype: np.dtype = eqx.field(static=True)
     """The dtype of the logical array."""
-    via: tuple[np.dtype, ...] = eqx.field(static=True)
+    casts: tuple[np.dtype, ...] = eqx.field(static=True)
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
     activations: Literal["float", "int8"] = eqx.field(static=True)  # pyright: ignore
     """`"int8"` if what this is multiplied with is rounded to 8 bits."""
@@ -96,7 +96,7 @@ class Array1B(AbstractScaledArray):
         levels: Levels = "ternary",
         packing: Packing | Literal["last"] | None = "last",
         block_size: BlockSize = None,
-        via: tuple[np.dtype, ...] = (),
+        casts: tuple[np.dtype, ...] = (),
         activations: Literal["float", "int8"] = "float",
     ):
         """Builds an array from codes and scales that exist already.
@@ -120,7 +120,7 @@ class Array1B(AbstractScaledArray):
             length = _PER_BYTE[levels] * weight.shape[-1] if shape is None else shape[-1]
             packing = Packing(-1, length, Tile(_PER_BYTE[levels]))
         self.weight, self.scale, self.packing = weight, scale, packing
-        self.levels, self.block_size, self.via = levels, block_size, via
+        self.levels, self.block_size, self.casts = levels, block_size, casts
         self.activations = activations
         dtype = jnp.float32 if dtype is None else dtype
         self.dtype = check_dtype("Array1B(dtype=...)", dtype, integers=True)
@@ -246,7 +246,7 @@ def _quantize(
             scale = lax.fori_loop(
                 0, _STEPS, lambda _, scale: _absmean(x, axes, block_size, scale / 2), scale
             )
-        threshold = spread(scale_leaf(scale / 2, x.shape, block_size))
+        threshold = broadcastable(scale_leaf(scale / 2, x.shape, block_size))
 
     def digit(x: Array, threshold: Array) -> Array:
         if levels == "binary":
@@ -266,7 +266,7 @@ def _absmean(
     a magnitude above `threshold`."""
     magnitude, counted = jnp.abs(x), jnp.ones(x.shape, bool)
     if threshold is not None:
-        counted = magnitude > spread(scale_leaf(threshold, x.shape, block_size))
+        counted = magnitude > broadcastable(scale_leaf(threshold, x.shape, block_size))
         magnitude = jnp.where(counted | ~jnp.isfinite(x), magnitude, 0)
     if block_size is None:
         return mean_where(magnitude, counted, axes)

@@ -63,7 +63,7 @@ class RSROperatorBinary(AbstractScaledArray):
     """The packed axis, its length, and `k`."""
     dtype: np.dtype = eqx.field(static=True)
     """The dtype of the logical array."""
-    via: tuple[np.dtype, ...] = eqx.field(static=True)
+    casts: tuple[np.dtype, ...] = eqx.field(static=True)
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "codes"
@@ -81,7 +81,7 @@ class RSROperatorBinary(AbstractScaledArray):
         dtype: Any = None,
         scale: Float[Array, "..."] | None = None,
         packing: Packing | None = None,
-        via: tuple[np.dtype, ...] = (),
+        casts: tuple[np.dtype, ...] = (),
     ):
         """Builds an operator from codes that exist already.
 
@@ -100,7 +100,7 @@ class RSROperatorBinary(AbstractScaledArray):
         if packing is None and k is not None:
             _check_k("RSROperatorBinary", k)
             packing = Packing(-1, k * codes.shape[-1] - padding, Tile(k))
-        self.codes, self.scale, self.packing, self.via = codes, scale, packing, via
+        self.codes, self.scale, self.packing, self.casts = codes, scale, packing, casts
         dtype = org_dtype if dtype is None else dtype
         dtype = jnp.float32 if dtype is None else dtype
         self.dtype = check_dtype("RSROperatorBinary(dtype=...)", dtype, integers=True)
@@ -223,7 +223,7 @@ class RSROperatorTernary(AbstractScaledArray):
     """One number for each tile; None if all are 1."""
     dtype: np.dtype = eqx.field(static=True)
     """The dtype of the logical array."""
-    via: tuple[np.dtype, ...] = eqx.field(static=True)
+    casts: tuple[np.dtype, ...] = eqx.field(static=True)
     """Dtypes that the values were rounded to before they were cast to `dtype`."""
 
     payload: ClassVar[str] = "rsr_b1"
@@ -239,7 +239,7 @@ class RSROperatorTernary(AbstractScaledArray):
         shape: Sequence[int] | None = None,
         dtype: Any = None,
         scale: Float[Array, "..."] | None = None,
-        via: tuple[np.dtype, ...] = (),
+        casts: tuple[np.dtype, ...] = (),
     ):
         """Builds an operator from two binary ones of equal shape and `k`, without scales.
 
@@ -252,7 +252,7 @@ class RSROperatorTernary(AbstractScaledArray):
 
         **Raises:** `ValueError` if the operators do not fit each other or the other arguments.
         """
-        self.rsr_b1, self.rsr_b2, self.scale, self.via = rsr_b1, rsr_b2, scale, via
+        self.rsr_b1, self.rsr_b2, self.scale, self.casts = rsr_b1, rsr_b2, scale, casts
         self.dtype = rsr_b1.dtype if dtype is None else jnp.dtype(dtype)
         if shape is not None and tuple(shape) != self.shape:
             raise ValueError(f"shape={tuple(shape)} but the leaves say {self.shape}.")

@@ -132,7 +132,7 @@ def _whole(
     else:
         # Each output channel o sums over q[o, ...] alone: its scale leaves the sum.
         values = w.values(compute)
-        factors = tiles.spread(scale, [out_axis]).reshape(-1).astype(compute)
+        factors = tiles.to_elements(scale, [out_axis]).reshape(-1).astype(compute)
     y = lax.conv_general_dilated_p.bind(
         x.astype(compute),
         lax.rev(values, dimension_numbers.rhs_spec[2:]) if reverse else values,

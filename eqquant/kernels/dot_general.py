@@ -12,7 +12,7 @@ from .. import _compat
 from .._daylight import note_kernel
 from .._dispatch import preferred_activations, preferred_implementation
 from .._scaled import AbstractScaledArray
-from ..tiles import Leaf, spread
+from ..tiles import Leaf, to_elements
 from .activations import Int8Blocks, rounded
 from .linear import bind, linear_primitive
 from .matmul.axes import Axes
@@ -134,7 +134,7 @@ def _product_with_offset(product: Product, offset: Leaf) -> Array:
         missing = blocks * size - x.shape[x_axis]
         x = jnp.pad(x, [(0, missing * (i == x_axis)) for i in range(x.ndim)])
         x = x.reshape(*x.shape[:x_axis], blocks, size, *x.shape[x_axis + 1 :]).sum(x_axis + 1)
-    offsets = spread(offset, (*axes.w_batch, *axes.w_free(product.w.ndim))).astype(dtype)
+    offsets = to_elements(offset, (*axes.w_batch, *axes.w_free(product.w.ndim))).astype(dtype)
     # It is small, and may cancel most of the rest: not rounded to what is multiplied fastest.
     return lax.dot_general(x, offsets, axes.dimension_numbers, lax.Precision.HIGHEST, dtype)
 

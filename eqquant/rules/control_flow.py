@@ -124,7 +124,7 @@ def scan_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -
     num_consts, num_carry = _compat.scan_counts(params)
     consts = operands[:num_consts]
     carry = list(operands[num_consts : num_consts + num_carry])
-    xs = [_sliceable(primitive, x) for x in operands[num_consts + num_carry :]]
+    xs = [_per_element_along(primitive, x) for x in operands[num_consts + num_carry :]]
 
     def body(carry: Any, x: Any) -> Any:
         out = evaluate(params["jaxpr"], [*consts, *carry, *x])
@@ -150,9 +150,9 @@ def scan_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) -
     return [*carry, *ys]
 
 
-def _sliceable(primitive: Any, x: Any, axes: Sequence[int] = (0,)) -> Any:
+def _per_element_along(primitive: Any, x: Any, axes: Sequence[int] = (0,)) -> Any:
     """`x` with every leaf as long as `x` is along `axes`, to be cut or joined there as a pytree."""
-    cut = x.sliceable(axes) if is_implicit(x) else x
+    cut = x.per_element_along(axes) if is_implicit(x) else x
     return _make_dense(primitive, x, "cut along its packed axis") if cut is None else cut
 
 
@@ -203,7 +203,7 @@ def while_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) 
     batched = range(params["cond_jaxpr"].out_avals[0].ndim)  # by vmap: a loop for each element
     carry = list(operands[n_cond + n_body :])
     if batched:
-        carry = [_sliceable(primitive, x, batched) if is_implicit(x) else x for x in carry]
+        carry = [_per_element_along(primitive, x, batched) if is_implicit(x) else x for x in carry]
     carry = _stable_carry(primitive, carry, lambda carry: _abstract(body, carry))
     return lax.while_loop(
         lambda carry: jnp.any(predicate(carry)),
@@ -427,7 +427,9 @@ def shard_map_any(primitive: Any, *operands: QuantizedArray | Array, **params: A
         ]
         # One spec serves all leaves of an output where all are as long as it along split axes.
         return [
-            _sliceable(primitive, x, [i for i, names in enumerate(spec) if names is not None])
+            _per_element_along(
+                primitive, x, [i for i, names in enumerate(spec) if names is not None]
+            )
             for x, spec in zip(evaluate(params["jaxpr"], args), params["out_specs"], strict=True)
         ]
 

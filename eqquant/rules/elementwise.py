@@ -89,7 +89,7 @@ def _by_scalar(primitive: Any, x: AbstractScaledArray, scalar: Array, params: An
 
 
 def _rescaled(x: AbstractScaledArray, change: Any) -> Any:
-    changed = None if x.via else x.with_multiplied(change)
+    changed = None if x.casts else x.with_multiplied(change)
     return NotImplemented if changed is None else changed
 
 
@@ -99,8 +99,8 @@ def convert_element_type_scaled(
 ) -> Any:
     if not jnp.issubdtype(new_dtype, jnp.floating) or jnp.dtype(new_dtype).itemsize < 2:
         return NotImplemented
-    dtype, via = cast(x, new_dtype)
-    return x.with_dtype(dtype, via)
+    dtype, casts = cast(x, new_dtype)
+    return x.with_dtype(dtype, casts)
 
 
 @register(lax.reduce_precision_p)

@@ -20,7 +20,7 @@ from .. import tiles
 from .._array import QuantizedArray
 from .._dispatch import densify, register, transparent
 from .._scaled import AbstractScaledArray
-from ..tiles import constant_tile, EACH, Leaf, Tile, Unaligned
+from ..tiles import constant_tile, Leaf, Tile, Unaligned, UNIT
 from .structural import leafwise
 
 
@@ -84,7 +84,7 @@ def _gather(leaf: Leaf, indices: Array, numbers: Any, slice_sizes: Sequence[int]
                 raise Unaligned
             column = numbers.start_index_map.index(axis)
             columns[column] = jnp.clip(columns[column], 0, length - 1) // tile.size
-            covers[axis] = EACH
+            covers[axis] = UNIT
         elif tile.size > 1:
             raise Unaligned
     moved = jnp.stack(columns, axis=-1) if columns else indices
@@ -93,7 +93,7 @@ def _gather(leaf: Leaf, indices: Array, numbers: Any, slice_sizes: Sequence[int]
         [(slice_sizes[axis], covers[axis]) for axis in range(len(sizes)) if axis not in dropped]
     )
     axes = [
-        next(window) if i in numbers.offset_dims else (n, EACH)
+        next(window) if i in numbers.offset_dims else (n, UNIT)
         for i, n in enumerate(gathered.shape)
     ]
     return Leaf(gathered, tuple(n for n, _ in axes), tuple(t for _, t in axes), leaf.role)
@@ -122,7 +122,7 @@ def dynamic_update_slice_scaled(
     *starts: Array,
     **params: Any,
 ) -> Any:
-    if type(x) is not type(update) or (x.dtype, x.via) != (update.dtype, update.via):
+    if type(x) is not type(update) or (x.dtype, x.casts) != (update.dtype, update.casts):
         return NotImplemented
     try:
         updates, moved = update.leaves(), {}

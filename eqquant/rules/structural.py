@@ -185,7 +185,8 @@ def join(arrays: Sequence[Any], axis: int) -> Any:
     """The arrays concatenated, leaf by leaf; `NotImplemented` unless all have one format."""
     first = arrays[0]
     if not isinstance(first, AbstractScaledArray) or any(
-        type(x) is not type(first) or (x.dtype, x.via) != (first.dtype, first.via) for x in arrays
+        type(x) is not type(first) or (x.dtype, x.casts) != (first.dtype, first.casts)
+        for x in arrays
     ):
         return NotImplemented
     lengths = [x.shape[axis] for x in arrays]

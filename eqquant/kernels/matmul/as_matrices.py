@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jax import Array, lax
 
 from ..._scaled import AbstractScaledArray
-from ...tiles import Leaf, reshape, spread, Unaligned
+from ...tiles import Leaf, reshape, to_elements, Unaligned
 from .axes import Axes
 from .product import Product
 
@@ -47,7 +47,7 @@ def by_matrices(of_matrix: OfMatrix, x: Array, w: AbstractScaledArray, axes: Axe
     axis, scale, x = int(kinds[1]), w.scale_leaf, x.reshape(-1, sizes[1])
     if scale is not None and scale.is_constant_along(axis):
         # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.
-        y = of_matrix(x, w, None, axis) * spread(scale, [1 - axis]).reshape(-1)
+        y = of_matrix(x, w, None, axis) * to_elements(scale, [1 - axis]).reshape(-1)
     else:
         y = of_matrix(x, w, scale, axis)
     return y.reshape(*batch, *outputs)

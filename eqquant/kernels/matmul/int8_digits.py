@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from ..._scaled import AbstractScaledArray
-from ...tiles import spread
+from ...tiles import to_elements
 from ..activations import scaled_to_int8
 from ..in_pieces import by_pieces
 from .product import Product, Target
@@ -59,7 +59,7 @@ def compute(product: Product, target: Target) -> Array:
     for i in reversed(range(digits - 1)):
         y = lax.index_in_dim(sums, i, w.ndim - 1, keepdims=False) + y / BASE
     if w.scale_leaf is not None:
-        y = y * spread(w.scale_leaf, range(w.ndim - 1)).astype(accumulate)
+        y = y * to_elements(w.scale_leaf, range(w.ndim - 1)).astype(accumulate)
     return jnp.moveaxis(y * unit, -1, 0).reshape(*x.shape[1:], *w.shape[:-1])
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from jax import Array, lax
 
 from ..._scaled import AbstractScaledArray
-from ...tiles import spread
+from ...tiles import broadcastable
 from .product import Product, Target
 
 
@@ -24,10 +24,10 @@ def compute(product: Product, target: Target) -> Array:
 def scaled_values(w: AbstractScaledArray, dtype: Any) -> Array:
     """The values of `w` times its scale, computed in `dtype`."""
     values, scale = w.values(dtype), w.scale_leaf
-    return values if scale is None else values * spread(scale).astype(dtype)
+    return values if scale is None else values * broadcastable(scale).astype(dtype)
 
 
 def dense(w: AbstractScaledArray, dtype: Any) -> Array:
     """As `w.materialize()`, but computed in `dtype` and not rounded."""
     values, offset = scaled_values(w, dtype), w.offset_leaf
-    return values if offset is None else values + spread(offset).astype(dtype)
+    return values if offset is None else values + broadcastable(offset).astype(dtype)

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from ... import _compat
 from ..._scaled import AbstractScaledArray
-from ...tiles import EACH, Leaf, Packing, repeat, spread
+from ...tiles import broadcastable, Leaf, Packing, repeat, to_elements, UNIT
 from .product import has_sixteen_levels, high_half_first, Product, Target
 
 
@@ -54,7 +54,7 @@ def in_form(product: Product, form: Form) -> Array:
         y = _product(product, None, x.dtype if half and w.integers else as_exact, form)
         if scale is None:
             return y
-        factors = spread(scale, (*axes.w_batch, *free)).astype(accumulate)
+        factors = to_elements(scale, (*axes.w_batch, *free)).astype(accumulate)
         factors = lax.transpose(factors, (*axes.w_batch, *free, *axes.w_contract))
         batch = factors.shape[: len(axes.w_batch)]
         between = (1,) * len(axes.x_free(x.ndim))
@@ -63,7 +63,7 @@ def in_form(product: Product, form: Form) -> Array:
     if all(scale.is_constant_along(axis) for axis in free) and x.size <= w.size:
         # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input,
         # unless that is the larger of the two.
-        factors = spread(scale, (*axes.w_batch, *axes.w_contract)).astype(accumulate)
+        factors = to_elements(scale, (*axes.w_batch, *axes.w_contract)).astype(accumulate)
         factors = lax.squeeze(factors, free)
         of_w, pairs = axes.w_batch + axes.w_contract, axes.x_batch + axes.x_contract
         of_x = [axis for _, axis in sorted(zip(of_w, pairs, strict=True))]
@@ -104,8 +104,8 @@ def _product(product: Product, scale: Leaf | None, operands: Any, form: Form) ->
         for i, tile in enumerate(scale.tiles):
             if form.for_tpu and not scale.is_constant_along(i):
                 array = repeated(scale.array, tile.size, i, scale.shape[i])
-                scale = scale.with_axis(i, array, EACH, scale.shape[i])
-        return dot(x, values * spread(scale).astype(dtype))
+                scale = scale.with_axis(i, array, UNIT, scale.shape[i])
+        return dot(x, values * broadcastable(scale).astype(dtype))
     if form.for_tpu and has_sixteen_levels(w):
         planes = _planes_of_levels(w, dtype)
     else:
@@ -180,9 +180,11 @@ def _scale_planes(scale: Leaf, packing: Packing, repeat: Callable[..., Array]) -
     others = [i for i in range(len(scale.shape)) if i != axis and not scale.is_constant_along(i)]
     per_tile, rest = divmod(scale.tiles[axis].size, packing.tile.size)
     if scale.is_constant_along(axis):
-        plane = spread(scale, others)
+        plane = to_elements(scale, others)
     elif not rest:  # whole tiles of the payload share a scale
-        plane = repeat(spread(scale, others), per_tile * packing.tile.stored, axis, packing.stored)
+        plane = repeat(
+            to_elements(scale, others), per_tile * packing.tile.stored, axis, packing.stored
+        )
     else:
-        return packing.split(spread(scale, [*others, axis]))
+        return packing.split(to_elements(scale, [*others, axis]))
     return [plane] * packing.elements

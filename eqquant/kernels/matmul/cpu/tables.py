@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ...._scaled import AbstractScaledArray
-from ....tiles import spread
+from ....tiles import to_elements
 from ...in_pieces import zeros
 from ..product import Product, Target
 
@@ -58,7 +58,7 @@ def compute(product: Product, target: Target) -> Array:
     payload = w.payload_leaf.array.reshape(packing.stored, -1)
     look_up, scales = _look_up, None
     if scale is not None:
-        scales = spread(scale, range(1, w.ndim)).astype(accumulate)
+        scales = to_elements(scale, range(1, w.ndim)).astype(accumulate)
         scales = scales.reshape(scale.array.shape[0], -1)
         if not scale.is_constant_along(0):
             per_scale = scale.tiles[0].size // packing.tile.size * packing.tile.stored

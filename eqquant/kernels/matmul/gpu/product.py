@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jax import Array
 
 from ...._scaled import AbstractScaledArray
-from ....tiles import Leaf, spread
+from ....tiles import Leaf, to_elements
 from ..as_matrices import by_matrices, holds_for_matrices
 from ..product import has_sixteen_levels, has_slack, Product, Target
 from .blocks import Blocks, blocks_for, Case, MAX_ROWS, splits_for
@@ -60,7 +60,10 @@ def compute(
                 dtype = jnp.dtype("float32")  # float16 is too narrow for its numbers times a scale
             if to_input:
                 # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
-                rows, scale = rows.astype(jnp.float32) * spread(scale, [axis]).reshape(-1), None
+                rows, scale = (
+                    rows.astype(jnp.float32) * to_elements(scale, [axis]).reshape(-1),
+                    None,
+                )
         case = case_of(len(rows), w, axis, dtype)
         cut = blocks or blocks_for(case, target.device)
         inputs = kernel.Side.of(payload, scale, axis, cut.inputs)
@@ -113,8 +116,6 @@ def _decodes(w: AbstractScaledArray) -> bool:
         return False
     if has_sixteen_levels(w):
         return True
-    if w.packing is not None and type(w).plane is AbstractScaledArray.plane:
-        return False  # it decodes all elements together
     leaves, treedef = jtu.tree_flatten(w)
     return _is_elementwise(treedef, tuple(leaf.dtype for leaf in leaves))
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...._scaled import AbstractScaledArray
-from ....tiles import Leaf, Packing, spread
+from ....tiles import Leaf, Packing, to_elements
 from ..as_matrices import by_matrices, holds_for_matrices
 from ..product import has_sixteen_levels, has_slack, high_half_first, Product, Target
 
@@ -54,7 +54,7 @@ def compute(product: Product, target: Target, *, interpret: Any = False) -> Arra
         packing, levels, scales = w.packing, w.codebook, None
         assert packing is not None and levels is not None  # says `supports`
         if scale is not None:
-            scales = spread(scale, [1 - axis]).astype(jnp.float32)
+            scales = to_elements(scale, [1 - axis]).astype(jnp.float32)
             scales = scales if axis == 1 else scales.T
         missing = packing.elements * packing.stored - rows.shape[1]
         rows = rows.astype(jnp.promote_types(rows.dtype, w.dtype))
