@@ -115,6 +115,11 @@ def _in_type(x: Any) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
+def is_explicit(x: Any) -> bool:
+    """Whether the type of `x` says how it is split over devices."""
+    return _in_type(x) is not None
+
+
 def check_tiles(x: Any, axis: int, size: int) -> None:
     """Raises `ValueError` if the type of `x` says that its devices do not hold whole tiles."""
     sharding = _in_type(x)

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "rounding": "_sharding coding tiles",
     "_transposed": "_array _implicit_array _scaled _sharding tiles",
     "formats": "_checks _implicit _scaled _sharding coding rounding tiles formats",
-    "kernels": "_compat _daylight _dispatch _scaled tiles kernels",
+    "kernels": "_compat _daylight _dispatch _scaled rounding tiles kernels",
     "rules": "_array _compat _daylight _dispatch _implicit _implicit_array _scaled _sharding _transposed tiles kernels rules",
     "_matmul": "formats kernels",
     "_training": "_checks _implicit _implicit_array _scaled _transposed formats tiles",

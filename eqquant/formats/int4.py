@@ -20,7 +20,14 @@ from .._checks import (
 )
 from .._scaled import AbstractScaledArray
 from ..coding import Coding
-from ..rounding import by_blocks, check_even_blocks, packing_in_blocks, searched, without_codes
+from ..rounding import (
+    by_blocks,
+    check_even_blocks,
+    packing_in_blocks,
+    searched,
+    without_codes,
+    zero_or_nan,
+)
 from ..tiles import BlockSize, Packing
 
 
@@ -137,7 +144,8 @@ def _scale_and_offset(
         axis = packing.axis % x.ndim
         blocks, within = by_blocks(x, axis, packing.tile.size, "edge"), axis + 1
     blocks = blocks.astype(jnp.float32)
-    least, largest = (each(blocks, axis=within, keepdims=True) for each in (jnp.min, jnp.max))
+    nan = zero_or_nan(blocks, (within,))
+    least, largest = (each(blocks, axis=within, keepdims=True) + nan for each in (jnp.min, jnp.max))
     coding = _CODINGS[zero]
     if zero == "affine":
         scale, offset = (largest - least) / 15, least

@@ -23,7 +23,14 @@ from .._checks import (
 )
 from .._scaled import AbstractScaledArray
 from ..coding import Coding
-from ..rounding import by_blocks, check_even_blocks, normalized, packing_in_blocks, searched
+from ..rounding import (
+    by_blocks,
+    check_even_blocks,
+    largest_magnitude,
+    normalized,
+    packing_in_blocks,
+    searched,
+)
 from ..tiles import BlockSize, Packing, scale_leaf, Tile
 from .nested import NestedScale
 
@@ -218,9 +225,7 @@ def _quantize(
         axis = packing.axis % x.ndim
         blocks, within = by_blocks(x, axis, packing.tile.size), axis + 1
     wide = blocks.astype(jnp.float32)
-    absmax = jnp.abs(blocks)
-    absmax = absmax if within is None else jnp.max(absmax, axis=within, keepdims=True, initial=0)
-    absmax = absmax.astype(jnp.float32)
+    absmax = largest_magnitude(blocks, () if within is None else (within,)).astype(jnp.float32)
     absmax = jnp.where(absmax < jnp.finfo(jnp.float32).tiny, 0, absmax)
     absmax = jnp.where(jnp.isfinite(absmax), absmax, jnp.nan)
     if search and absmax.size:

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from .._checks import as_floats, check_finite, inherit_sharding, normalize_axes
 from .._scaled import AbstractScaledArray, CodedScale
 from ..coding import Coding, FloatCoding
-from ..rounding import by_blocks, packing_in_blocks, without_codes
+from ..rounding import absmax, largest_magnitude, packing_in_blocks, without_codes
 from ..tiles import BlockSize, Packing
 
 
@@ -101,11 +101,9 @@ class ArrayNVFP4(AbstractScaledArray):
 @partial(jax.jit, static_argnums=1)
 def _scales(x: Array, packing: Packing | None) -> tuple[Array, Array]:
     """The bit patterns of the scales of blocks, and the scale of the array."""
-    largest = jnp.abs(x.astype(jnp.float32))
-    if packing is not None:
-        axis = packing.axis % x.ndim
-        largest = jnp.max(by_blocks(largest, axis, packing.tile.size), axis=axis + 1)
-    whole = jnp.max(largest, keepdims=True, initial=0)
+    axes, size = ((), None) if packing is None else ((packing.axis % x.ndim,), packing.tile.size)
+    largest = absmax(x.astype(jnp.float32), axes, size)
+    whole = largest_magnitude(largest, tuple(range(x.ndim)))
     top = E2M1[-1] * E4M3.largest
     global_scale = jnp.where(whole / top < jnp.finfo(jnp.float32).tiny, 1, whole / top)
     global_scale = jnp.where(jnp.isfinite(global_scale), global_scale, jnp.nan)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._scaled import AbstractScaledArray
+from ..rounding import largest_magnitude
 from .matmul.axes import Axes
 from .matmul.product import DIGITS
 
@@ -59,7 +60,7 @@ def _rounded_rows_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tup
 
 def scaled_to_int8(x: Array, axes: Sequence[int]) -> tuple[Array, Array]:
     """`x` over a 127th of its largest magnitude along `axes`, and that: the unit of its digits."""
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    largest = largest_magnitude(x, tuple(axes))
     unit = jnp.maximum(largest / 127, jnp.finfo(x.dtype).tiny)
     # Infinite inputs are the only ones that count in their row.
     return jnp.where(jnp.isinf(x), jnp.sign(x) * 127, x / unit), unit
