@@ -55,6 +55,9 @@ class StoredFactor(eqx.Module):
     the format says.
     """
 
+    is_grouped: ClassVar[bool] = False
+    """Whether the numbers are quantized in groups of their own: such an array cannot always be cut as its numbers are."""
+
     def leaves(self, shape: tuple[int, ...], block_size: BlockSize) -> dict[str, Leaf]:
         """Its stored leaves. Raises `Unaligned` if it cannot be cut as the logical array is."""
         raise NotImplementedError
@@ -66,10 +69,6 @@ class StoredFactor(eqx.Module):
     def decoded(self, shape: tuple[int, ...], block_size: BlockSize) -> Leaf:
         """The numbers in floating point."""
         raise NotImplementedError
-
-    def expanded(self, shape: tuple[int, ...], block_size: BlockSize) -> "Array | StoredFactor":
-        """An equal one each number of which stands by itself; this one if they do."""
-        return self
 
 
 class CodedScale(StoredFactor):
@@ -334,25 +333,30 @@ class AbstractScaledArray(QuantizedArray):
         express their tiles."""
         packing = packing_of(leaves[self.payload])
         changes = self._with_payloads({name: leaves[name] for name in self.payloads}, packing)
-        blocks: dict[str, list[Leaf]] = {"block_size": []}
+        numbers: dict[str, Leaf] = {}
         for name, value, _ in self._numbers():
-            leaf = leaves.get(name)
             if isinstance(value, StoredFactor):
                 start = f"{name}."
                 parts = {k.removeprefix(start): v for k, v in leaves.items() if k.startswith(start)}
-                changes[name], leaf = value.with_leaves(parts), parts["codes"]
+                changes[name], numbers[name] = value.with_leaves(parts), parts["codes"]
             else:
-                assert leaf is not None
-                changes[name] = leaf.array
+                changes[name], numbers[name] = leaves[name].array, leaves[name]
+        return self.replace(**changes, **self._facts(numbers, packing))
+
+    def _facts(self, numbers: dict[str, Leaf], packing: Packing | None) -> dict[str, Any]:
+        """The static facts that say the tiles of the factors and summands, and of a payload that is packed so. Raises
+        `Unaligned` if this format cannot say them."""
+        groups: dict[str, list[Leaf]] = {"block_size": []}
+        for name, leaf in numbers.items():
             own = f"{name}_block_size"
-            blocks.setdefault(own if hasattr(self, own) else "block_size", []).append(leaf)
-        facts: dict[str, Any] = {name: common_block_size(group) for name, group in blocks.items()}
-        facts["packing"] = packing
-        names = {field.name for field in dataclasses.fields(self)}
-        fixed = {name for name in facts if getattr(type(self), name, "") is None} - names
+            groups.setdefault(own if hasattr(self, own) else "block_size", []).append(leaf)
+        facts = {name: common_block_size(group) for name, group in groups.items()}
+        facts |= {"packing": packing}
+        fields = {field.name for field in dataclasses.fields(self)}
+        fixed = {name for name in facts if getattr(type(self), name, "") is None} - fields
         if any(facts[name] is not None for name in fixed):
             raise Unaligned  # this format is never packed, or has no scales of blocks
-        return self.replace(**changes, **{name: v for name, v in facts.items() if name in names})
+        return {name: value for name, value in facts.items() if name in fields}
 
     def _with_payloads(self, leaves: dict[str, Leaf], packing: Packing | None) -> dict[str, Any]:
         """The changes of fields that make these leaves the payloads."""
@@ -383,12 +387,16 @@ class AbstractScaledArray(QuantizedArray):
 
     def expanded(self: _Scaled) -> _Scaled:
         """An equal array without factors that are quantized in groups of their own: they are expanded, exactly."""
-        changes = {}
-        for name, value, _ in self._numbers():
-            if isinstance(value, StoredFactor):
-                new = value.expanded(self.shape, self._block_size_of(name))
-                changes |= {} if new is value else {name: new}
-        return self.replace(**changes) if changes else self
+        numbers = {name: self.number_leaf(name) for name, _, _ in self._numbers()}
+        grouped = [name for name in numbers if getattr(getattr(self, name), "is_grouped", False)]
+        if not grouped:
+            return self
+        try:
+            facts = self._facts(numbers, self.packing)
+        except Unaligned:  # blocks that the format cannot say: a number for each element
+            numbers |= {name: _each_along(numbers[name], range(self.ndim)) for name in grouped}
+            facts = self._facts(numbers, self.packing)
+        return self.replace(**{name: numbers[name].array for name in grouped}, **facts)
 
     def per_element_along(self, axes: Sequence[int] = (0,)) -> "AbstractScaledArray | None":
         stored = jtu.tree_leaves(self)

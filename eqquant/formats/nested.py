@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -67,6 +68,8 @@ class NestedScale(StoredFactor):
     """The mean; its axes, if any, come from `vmap`. With groups as tiles, of the rank of `codes`."""
     blocks: BlockSize = eqx.field(static=True, default=None)
     """How many elements of the array share a group, or a mean, along an axis that has several, if groups are tiles."""
+
+    is_grouped: ClassVar[bool] = True
 
     @property
     def dtype(self) -> np.dtype:
@@ -146,9 +149,6 @@ class NestedScale(StoredFactor):
         levels = codes._replace(array=look_up(jnp.asarray(DYNAMIC_MAP), self.codes))
         centred = combine(operator.mul, levels, absmax)
         return combine(operator.add, centred._replace(array=rounded(centred.array)), offset)
-
-    def expanded(self, shape: tuple[int, ...], block_size: BlockSize) -> Array:
-        return self.decoded(shape, block_size).array
 
     @classmethod
     def quantize(cls, scales: Float[Array, "..."]) -> "NestedScale":

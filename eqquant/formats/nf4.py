@@ -87,7 +87,7 @@ class ArrayNF4(AbstractScaledArray):
         *,
         shape: Sequence[int] | None = None,
         dtype: Any = None,
-        packing: Packing | None = None,
+        packing: Packing | Literal["last"] | None = "last",
         casts: tuple[np.dtype, ...] = (),
     ):
         """Builds an array from codes and scales that exist already.
@@ -101,14 +101,16 @@ class ArrayNF4(AbstractScaledArray):
         - `sharding`: applied to the new array, as by `with_sharding`.
         - `shape`: of the logical array; by default all blocks are full.
         - `dtype`: of the logical array; float32 by default.
-        - `packing`: instead of `block_size`, for blocks along another axis.
+        - `packing`: by default the last axis is packed, in blocks of `block_size`, if that is given; None if none is.
 
         **Raises:** `ValueError` if the leaves do not fit each other or the other arguments.
         """
-        if packing is None and isinstance(block_size, int):
-            check_even_blocks("ArrayNF4", block_size)
-            length = 2 * packed.shape[-1] if shape is None else shape[-1]
-            packing = Packing(-1, length, Tile(block_size, block_size // 2))
+        if packing == "last":
+            packing = None
+            if isinstance(block_size, int):
+                check_even_blocks("ArrayNF4", block_size)
+                length = 2 * packed.shape[-1] if shape is None else shape[-1]
+                packing = Packing(-1, length, Tile(block_size, block_size // 2))
         dtype = check_dtype("ArrayNF4(dtype=...)", jnp.float32 if dtype is None else dtype)
         self.packed, self.absmax = packed, absmax
         if block_size is None and packing is not None:

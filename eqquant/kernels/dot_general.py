@@ -156,7 +156,7 @@ def _output(x: Any, w: Any, **params: Any) -> Any:
     return _compat.output_aval(lax.dot_general_p, x, w, **Call(**params).of_dot())
 
 
-def _transpose(ct: Array, x: Any, w: AbstractScaledArray, **params: Any) -> Array:
+def _transpose(ct: Any, x: Any, w: AbstractScaledArray, **params: Any) -> Array:
     call = Call(**params)
     axes, name = call.axes, call.implementation
     x_free, n_batch = axes.x_free(x.ndim), len(axes.x_batch)

@@ -71,10 +71,13 @@ def scales(draw: Any, shape: Sequence[int], block_size: BlockSize = 2) -> Any:
     return jnp.asarray(sign * np.exp(rng.uniform(-3, 3, stored)), jnp.float32)
 
 
-def packings(draw: Any, shape: Sequence[int], count: int, stored: int = 1) -> Packing:
-    """A packing of any axis, `count` elements in a stored number, tiles of `stored` numbers."""
+def packings(
+    draw: Any, shape: Sequence[int], count: int, stored: int = 1, slack: int = 0
+) -> Packing:
+    """A packing of any axis, `count` elements in a stored number, tiles of `stored` numbers, in which so many places are
+    left unused."""
     axis = draw(st.integers(-len(shape), -1))
-    return Packing(axis, shape[axis], Tile(count * stored, stored))
+    return Packing(axis, shape[axis], Tile(count * stored - slack, stored))
 
 
 def payloads(draw: Any, shape: Sequence[int], packing: Packing, dtype: Any, bits: int = 8) -> Any:
@@ -89,7 +92,7 @@ def payloads(draw: Any, shape: Sequence[int], packing: Packing, dtype: Any, bits
 
 @strategy_for(Array8B)
 def array8b(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array8B:
-    block_size = draw(st.sampled_from([None, 2, 3]))
+    block_size = draw(st.sampled_from([None, 2, 3, (2, 3)]))
     codes = generator(draw).integers(-127, 128, shape)
     scale = scales(draw, shape, block_size)
     return Array8B(scale, jnp.asarray(codes, jnp.int8), dtype=dtype, block_size=block_size)
@@ -107,6 +110,8 @@ def array_nf4(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Ar
         codes = jnp.asarray(generator(draw).integers(0, 256, absmax.shape), jnp.uint8)
         groups = scales(draw, (-(-absmax.size // GROUP),), None)
         absmax = NestedScale(codes, groups, jnp.asarray(draw(st.sampled_from([0.5, -2.0]))))
+        if draw(st.booleans()):  # what comes of one that was cut or transposed
+            absmax = NestedScale(codes, *(scales(draw, shape, 4) for _ in range(2)), blocks=4)
     return ArrayNF4(packed, absmax, packing=packing, dtype=dtype)
 
 
@@ -116,7 +121,7 @@ def array1b(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Arra
     if draw(st.integers(0, 7)) == 0:  # what comes of an array without axes
         codes = jnp.asarray(generator(draw).integers(0, 256, shape), jnp.uint8)
         return Array1B(codes, scales(draw, shape, None), levels=levels, packing=None, dtype=dtype)
-    packing = packings(draw, shape, count)
+    packing = packings(draw, shape, count, *draw(st.sampled_from([(1, 0), (1, 0), (2, 1)])))
     block_size = draw(st.sampled_from([None, 2, 3]))
     scale = scales(draw, shape, block_size) if draw(st.booleans()) else None
     weight = payloads(draw, shape, packing, jnp.uint8)
