@@ -422,6 +422,21 @@ class AbstractScaledArray(QuantizedArray):
             return None if expanded is self else expanded.with_multiplied(change)
         return self.replace(**{name: change(value) for name, value in there.items()})
 
+    def means_as(self, other: Any) -> bool:
+        """Whether equal leaves of the two would mean the same: they have one format, with the same static facts but
+        for those that say how leaves are cut."""
+
+        def facts(x: AbstractScaledArray) -> Any:
+            cut = ("packing", "block_size")
+            static = [f.name for f in dataclasses.fields(x) if f.metadata.get("static", False)]
+            kept = {name: getattr(x, name) for name in static if not name.endswith(cut)}
+            numbers = {n: (type(v), getattr(v, "coding", None)) for n, v, _ in x._numbers()}
+            return kept, {
+                n: t if issubclass(t[0], StoredFactor) else None for n, t in numbers.items()
+            }
+
+        return type(self) is type(other) and facts(self) == facts(other)
+
     def replace(self: _Scaled, **changes: Any) -> _Scaled:
         """A copy with some of its fields changed."""
         return dataclasses.replace(self, **changes)

@@ -255,8 +255,7 @@ def broadcastable(leaf: Leaf) -> Array:
 
 def combine(function: Callable[[Array, Array], Array], a: Leaf, b: Leaf) -> Leaf:
     """The function of two leaves of numbers, on tiles within which both are constant."""
-    for axis in range(len(a.shape)):
-        a, b = _refined(a, b, axis), _refined(b, a, axis)
+    a, b = refined(a, b), refined(b, a)
     tiles = tuple(
         theirs if a.is_constant_along(axis) else own
         for axis, (own, theirs) in enumerate(zip(a.tiles, b.tiles, strict=True))
@@ -264,15 +263,19 @@ def combine(function: Callable[[Array, Array], Array], a: Leaf, b: Leaf) -> Leaf
     return a._replace(array=function(a.array, b.array), tiles=tiles)
 
 
-def _refined(leaf: Leaf, other: Leaf, axis: int) -> Leaf:
-    """`leaf` with tiles along `axis` that lie within its own and those of `other`, or divide those."""
-    own, theirs = leaf.tiles[axis].size, other.tiles[axis].size
-    if leaf.is_constant_along(axis) or other.is_constant_along(axis) or theirs % own == 0:
-        return leaf
-    if own % theirs == 0:
-        array = repeat(leaf.array, own // theirs, axis, other.array.shape[axis])
-        return leaf.with_axis(axis, array, other.tiles[axis], leaf.shape[axis])
-    return leaf.with_axis(axis, to_elements(leaf, [axis]), UNIT, leaf.shape[axis])
+def refined(leaf: Leaf, other: Leaf) -> Leaf:
+    """`leaf` with numbers repeated until its tiles lie within those of `other` or hold whole ones of them, along each
+    axis along which neither is constant."""
+    for axis, length in enumerate(leaf.shape):
+        own, theirs = leaf.tiles[axis].size, other.tiles[axis].size
+        if leaf.is_constant_along(axis) or other.is_constant_along(axis) or theirs % own == 0:
+            continue
+        if own % theirs == 0:
+            array = repeat(leaf.array, own // theirs, axis, other.array.shape[axis])
+            leaf = leaf.with_axis(axis, array, other.tiles[axis], length)
+        else:
+            leaf = leaf.with_axis(axis, to_elements(leaf, [axis]), UNIT, length)
+    return leaf
 
 
 def rounded(x: Array) -> Array:

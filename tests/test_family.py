@@ -289,6 +289,29 @@ def test_a_scalar_multiplies_what_the_format_names(zero):
     assert (-q).scale.dtype == jnp.float16 and (0.3 * q).scale.dtype == jnp.float32
 
 
+def test_arrays_that_mean_something_else_are_not_joined():
+    w = jax.random.normal(jax.random.key(0), (4, 64)) + 1
+    pairs = [
+        (eqq.ArrayInt4.quantize(w, 16), eqq.ArrayInt4.quantize(w, 16, zero="affine")),
+        (eqq.ArrayFP8.quantize(w), eqq.ArrayFP8.quantize(w, kind="e5m2")),
+        (eqq.Array1B.quantize(w, tile=40), eqq.Array1B.quantize(w, levels="binary", tile=40)),
+        (eqq.Array8B.quantize(w), eqq.Array8B.quantize(w, activations="int8")),
+        (eqq.ArrayNF4.quantize(w), eqq.ArrayNF4.quantize(w, double=True)),
+    ]
+    for a, b in [*pairs, *(pair[::-1] for pair in pairs)]:
+        for program in (
+            lambda a, b: jnp.concatenate([a, b]),
+            lambda a, b: a.at[0:1].set(b[0:1]),
+            lambda a, b: jax.lax.dynamic_update_slice(a, b[0:1], (1, 0)),
+        ):
+            with eqq.on_materialize("ignore"):
+                got = eqq.materialize(eqq.implicit(program)(a, b))
+            want = program(a.materialize(), b.materialize())
+            np.testing.assert_array_equal(got, want)
+    mixed = eqq.implicit(lambda a, b: jnp.concatenate([a, b]))(*pairs[-1])
+    assert isinstance(mixed, eqq.ArrayNF4)  # with the scales of both expanded
+
+
 def test_what_is_encoded_again_is_the_same():
     w = jax.random.normal(jax.random.key(0), (6, 70))
     for quantize in (

@@ -27,6 +27,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import eqquant as eqq
+from eqquant.coding import Coding
 from eqquant.kernels import quantized_dot_general
 from eqquant.kernels.matmul.axes import Axes
 from eqquant.kernels.matmul.choice import choose
@@ -142,8 +143,8 @@ class Registers(dict):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_levels_by_permutation(dtype):
     # The interpreter has no assembly: here are all bytes through it, four at a time.
-    levels = np.asarray(eqq.ArrayNF4.codebook, np.float32).astype(dtype)
-    words = np.asarray(kernel._words(eqq.ArrayNF4.codebook, dtype)).view(np.uint32)
+    levels = np.asarray(eqq.ArrayNF4.coding.levels, np.float32).astype(dtype)
+    words = np.asarray(kernel._words(eqq.ArrayNF4.coding.levels, dtype)).view(np.uint32)
     stored = np.random.default_rng(0).permutation(np.repeat(np.arange(256, dtype=np.uint8), 4))
     names = [f"${5 + 4 * i}" for i in range(8)]
     for four in stored.reshape(-1, 4):
@@ -382,9 +383,7 @@ class Nibbles(eqq.AbstractScaledArray):
     block_size: Any = eqx.field(static=True, default=None)
     casts: Any = eqx.field(static=True, default=())
     payload = "codes"
-
-    def plane(self, i: int, dtype: Any) -> jax.Array:
-        return ((self.codes >> (4 * i)) & 15).astype(dtype) - 8
+    coding = Coding(bits=4, low=-8)
 
 
 class Sorted(Nibbles):

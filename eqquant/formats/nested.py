@@ -22,6 +22,7 @@ from ..tiles import (
     common_block_size,
     constant_tile,
     Leaf,
+    refined,
     repeat,
     rounded,
     scale_leaf,
@@ -135,12 +136,10 @@ class NestedScale(StoredFactor):
         }
 
     def with_leaves(self, leaves: dict[str, Leaf]) -> "NestedScale":
-        return NestedScale(
-            leaves["codes"].array,
-            leaves["absmax"].array,
-            leaves["offset"].array,
-            common_block_size([leaves["absmax"], leaves["offset"]]),
-        )
+        absmax, offset = leaves["absmax"], leaves["offset"]
+        absmax, offset = refined(absmax, offset), refined(offset, absmax)  # of two that were joined
+        blocks = common_block_size([absmax, offset])
+        return NestedScale(leaves["codes"].array, absmax.array, offset.array, blocks)
 
     def decoded(self, shape: tuple[int, ...], block_size: BlockSize) -> Leaf:
         if not self.are_tiles:

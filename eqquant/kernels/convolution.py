@@ -195,7 +195,7 @@ def _output(x: Any, w: Any, *, reverse: bool, out_dtype: Any, **params: Any) -> 
 
 
 def _transpose(
-    ct: Array, x: Any, w: AbstractScaledArray, *, dimension_numbers: Any, **params: Any
+    ct: Any, x: Any, w: AbstractScaledArray, *, dimension_numbers: Any, **params: Any
 ) -> Array:
     x_spec, w_spec, y_spec = dimension_numbers
     stride, dilation = params["window_strides"], params["lhs_dilation"]

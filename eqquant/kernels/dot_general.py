@@ -12,7 +12,7 @@ from .. import _compat
 from .._daylight import note_kernel
 from .._dispatch import preferred_activations, preferred_implementation
 from .._scaled import AbstractScaledArray
-from ..tiles import Leaf, to_elements
+from ..tiles import Leaf, repeat, to_elements
 from .activations import Int8Blocks, rounded
 from .linear import bind, linear_primitive
 from .matmul.axes import Axes
@@ -126,17 +126,23 @@ def _compute(x: Array, w: AbstractScaledArray, target: Target, **params: Any) ->
 
 def _product_with_offset(product: Product, offset: Leaf) -> Array:
     """What the offset of `w` adds to the product with its scaled values."""
-    # sum_j x_j m_ib(j) = sum_b (sum_{j in b} x_j) m_ib: the inputs of a block are summed up first.
+    # sum_j x_j m[b(i), c(j)] = sum_c (sum_{j in c} x_j) m[b(i), c]: the inputs of a tile are summed up first, and the
+    # outputs of a tile have the same sum.
     axes, dtype = product.axes, product.accumulate
-    x = product.x.astype(dtype)
+    x, ndim = product.x.astype(dtype), product.w.ndim
     for axis, x_axis in zip(axes.w_contract, axes.x_contract, strict=True):
         blocks, size = offset.array.shape[axis], offset.tiles[axis].size
         missing = blocks * size - x.shape[x_axis]
         x = jnp.pad(x, [(0, missing * (i == x_axis)) for i in range(x.ndim)])
         x = x.reshape(*x.shape[:x_axis], blocks, size, *x.shape[x_axis + 1 :]).sum(x_axis + 1)
-    offsets = to_elements(offset, (*axes.w_batch, *axes.w_free(product.w.ndim))).astype(dtype)
+    numbers = to_elements(offset, axes.w_batch).astype(dtype)
     # It is small, and may cancel most of the rest: not rounded to what is multiplied fastest.
-    return lax.dot_general(x, offsets, axes.dimension_numbers, lax.Precision.HIGHEST, dtype)
+    y = lax.dot_general(x, numbers, axes.dimension_numbers, lax.Precision.HIGHEST, dtype)
+    for axis in axes.w_free(ndim):
+        y_axis, length = axes.y_axis(axis, x.ndim, ndim), product.w.shape[axis]
+        if 1 < y.shape[y_axis] < length:
+            y = repeat(y, offset.tiles[axis].size, y_axis, length)
+    return y
 
 
 def _compute_differentiably(x: Array, w: AbstractScaledArray, **params: Any) -> Array:

@@ -132,7 +132,7 @@ def unflatten(treedef: Any, leaves: Iterable[Any]) -> AbstractScaledArray:
     return jtu.tree_unflatten(treedef, leaves).expanded()
 
 
-def bind(primitive: Any, x: Array, w: AbstractScaledArray, **params: Any) -> Array:
+def bind(primitive: Any, x: Any, w: AbstractScaledArray, **params: Any) -> Array:
     """The result of a linear primitive."""
     leaves, treedef = jtu.tree_flatten(w)
     return primitive.bind(x, *leaves, treedef=treedef, **params)

@@ -122,7 +122,7 @@ def dynamic_update_slice_scaled(
     *starts: Array,
     **params: Any,
 ) -> Any:
-    if type(x) is not type(update) or (x.dtype, x.casts) != (update.dtype, update.casts):
+    if not x.means_as(update):
         return NotImplemented
     try:
         updates, moved = update.leaves(), {}

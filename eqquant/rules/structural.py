@@ -12,6 +12,7 @@
 | `pad`                           | with zeros, where a code of 0 means 0                         |
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -182,26 +183,19 @@ def unstack_scaled(primitive: Any, x: AbstractScaledArray, *, axis: int, **param
 
 
 def join(arrays: Sequence[Any], axis: int) -> Any:
-    """The arrays concatenated, leaf by leaf; `NotImplemented` unless all have one format."""
-    first = arrays[0]
-    if not isinstance(first, AbstractScaledArray) or any(
-        type(x) is not type(first) or (x.dtype, x.casts) != (first.dtype, first.casts)
-        for x in arrays
-    ):
+    """The arrays concatenated, leaf by leaf; `NotImplemented` unless equal leaves of all mean the same."""
+    if not all(isinstance(x, AbstractScaledArray) for x in arrays):
         return NotImplemented
-    lengths = [x.shape[axis] for x in arrays]
-    kept = [i for i, n in enumerate(lengths) if n]
-    if len(kept) <= 1:
-        return arrays[kept[0]] if kept else first
-    for forms in itertools.zip_longest(*(arrays[i].forms() for i in kept)):
-        try:
-            leaves = [form.leaves() for form in forms if form is not None]
-            if len(leaves) < len(kept) or len({tuple(each) for each in leaves}) > 1:
-                continue  # one is expanded, and others are not
+    kept = [x for x in arrays if x.shape[axis]] or arrays[:1]
+    if len(kept) == 1:
+        return kept[0]
+    for forms in (kept, [x.expanded() for x in kept]):
+        if not all(form.means_as(forms[0]) for form in forms):
+            continue
+        with contextlib.suppress(Unaligned):
+            leaves = [form.leaves() for form in forms]
             joined = {name: tiles.join([each[name] for each in leaves], axis) for name in leaves[0]}
             return forms[0].with_leaves(joined)
-        except Unaligned:
-            continue
     return NotImplemented
 
 
