@@ -34,6 +34,12 @@ def as_float_array(where: str, array: Any) -> Array:
         return jnp.asarray(array)
 
 
+def as_floats(where: str, array: Any, dtype: Any) -> tuple[Array, np.dtype]:
+    """The array that `where` is given, if it is one of floating-point numbers, and the dtype that it asks for or has."""
+    array = as_float_array(where, array)
+    return array, check_dtype(f"{where}(dtype=...)", array.dtype if dtype is None else dtype)
+
+
 def check_dtype(where: str, dtype: Any, integers: bool = False) -> np.dtype:
     """`dtype` as a NumPy dtype: floating-point, of at least 16 bits, or an integer if allowed."""
     found = jnp.dtype(dtype)

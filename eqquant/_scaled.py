@@ -231,13 +231,7 @@ class AbstractScaledArray(QuantizedArray):
             raise ValueError(
                 f"encode(array) takes an array of shape {self.shape}; it was given {array.shape}."
             )
-        x = jnp.asarray(array).astype(self.compute_dtype)
-        if (offset := self.offset_leaf) is not None:
-            x = x - broadcastable(offset).astype(x.dtype)
-        if (scale := self.scale_leaf) is not None:
-            scales = broadcastable(scale).astype(x.dtype)
-            x = jnp.where(scales == 0, 0, x / jnp.where(scales == 0, 1, scales))
-        return self.replace(**self._encoded(x))
+        return self.replace(**_encode(self, jnp.asarray(array)))
 
     def _encoded(self, values: Array) -> dict[str, Array]:
         """The payloads that hold the codes nearest to these values."""
@@ -306,10 +300,14 @@ class AbstractScaledArray(QuantizedArray):
 
     def _numbers(self) -> Iterator[tuple[str, Any, Role]]:
         """The stored factors and summands that are there."""
-        roles: dict[str, Role] = dict.fromkeys(self.factors, "factor")
-        for name, role in (roles | dict.fromkeys(self.summands, "summand")).items():
-            if (value := getattr(self, name)) is not None:
-                yield name, value, role
+        roles: list[tuple[Role, tuple[str, ...]]] = [
+            ("factor", self.factors),
+            ("summand", self.summands),
+        ]
+        for role, names in roles:
+            for name in names:
+                if (value := getattr(self, name)) is not None:
+                    yield name, value, role
 
     def leaves(self) -> dict[str, Leaf]:
         """Every stored leaf, with its tiles, by the name of its field. Raises `Unaligned` if one has none: see
@@ -537,6 +535,17 @@ def _decode(array: AbstractScaledArray) -> Array:
     for dtype in (*array.casts, array.dtype):
         x = x.astype(dtype)
     return x
+
+
+@jax.jit
+def _encode(array: AbstractScaledArray, x: Array) -> dict[str, Any]:
+    x = x.astype(array.compute_dtype)
+    if (offset := array.offset_leaf) is not None:
+        x = x - broadcastable(offset).astype(x.dtype)
+    if (scale := array.scale_leaf) is not None:
+        scales = broadcastable(scale).astype(x.dtype)
+        x = jnp.where(scales == 0, 0, x / jnp.where(scales == 0, 1, scales))
+    return array._encoded(x)
 
 
 def _materialize(array: AbstractScaledArray) -> Array:

@@ -1,7 +1,7 @@
 """Finding scales and rounding to codes: what the `quantize` methods of formats share."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -138,7 +138,7 @@ def searched(
         x, scale, start = block
         unit, unit_mean = centred(normalized(x - start, scale))
 
-        def better(best: tuple[Array, ...], fraction: Array) -> tuple[tuple[Array, ...], None]:
+        def better(best: Any, fraction: Array) -> tuple[Any, None]:
             explained, best_scale, best_start = best
             candidate = normalized(x - start, scale * fraction)
             v = coding.nearest_value(candidate + middle * (1 - 1 / fraction))

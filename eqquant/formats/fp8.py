@@ -12,10 +12,9 @@ from jax import Array
 from jaxtyping import Float, UInt8
 
 from .._checks import (
-    as_float_array,
+    as_floats,
     check_blocks,
     check_choice,
-    check_dtype,
     check_finite,
     inherit_sharding,
     normalize_axes,
@@ -106,8 +105,7 @@ class ArrayFP8(AbstractScaledArray):
         (outside tracing; under `jit` these turn their group to NaN), or if an argument is out of range.
         """
         where = "ArrayFP8.quantize"
-        array = as_float_array(where, array)
-        dtype = check_dtype(f"{where}(dtype=...)", array.dtype if dtype is None else dtype)
+        array, dtype = as_floats(where, array, dtype)
         check_choice(f"{where}(kind=...)", kind, tuple(_CODINGS))
         axes = normalize_axes(f"{where}(axis=...)", axis, array.ndim) if array.ndim else ()
         block_size = block_size if array.ndim else None
@@ -115,11 +113,8 @@ class ArrayFP8(AbstractScaledArray):
         scale = _scale(array, axes, block_size, kind)
         check_finite(where, array, scale)
         stored = stored_block_size(array, axes, block_size)
-        out = cls(jnp.zeros(array.shape, jnp.uint8), scale, stored, kind, dtype)
-        return inherit_sharding(_encode(out, array), array)
-
-
-_encode = jax.jit(AbstractScaledArray.encode)
+        out = cls(jnp.zeros(array.shape, jnp.uint8), scale, stored, kind, dtype)  # pyright: ignore[reportCallIssue]
+        return inherit_sharding(out.encode(array), array)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

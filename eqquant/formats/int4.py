@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Float, UInt8
 
 from .._checks import (
-    as_float_array,
+    as_floats,
     check_choice,
     check_dtype,
     check_finite,
@@ -113,8 +113,7 @@ class ArrayInt4(AbstractScaledArray):
         argument is out of range.
         """
         where = "ArrayInt4.quantize"
-        array = as_float_array(where, array)
-        dtype = check_dtype(f"{where}(dtype=...)", array.dtype if dtype is None else dtype)
+        array, dtype = as_floats(where, array, dtype)
         scale_dtype = check_dtype(f"{where}(scale_dtype=...)", scale_dtype)
         check_even_blocks(where, block_size)
         check_choice(f"{where}(zero=...)", zero, tuple(_CODINGS))
@@ -126,11 +125,8 @@ class ArrayInt4(AbstractScaledArray):
         check_finite(where, array, numbers[0])
         empty = without_codes(array.shape, packing)
         size = None if packing is None else packing.tile.size
-        out = cls(empty, *numbers, packing=packing, block_size=size, zero=zero, dtype=dtype)
-        return inherit_sharding(_encode(out, array), array)
-
-
-_encode = jax.jit(AbstractScaledArray.encode)
+        out = cls(empty, *numbers, packing=packing, block_size=size, zero=zero, dtype=dtype)  # pyright: ignore[reportCallIssue]
+        return inherit_sharding(out.encode(array), array)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))

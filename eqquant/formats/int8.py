@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int8
 
 from .._checks import (
-    as_float_array,
+    as_floats,
     check_blocks,
     check_choice,
     check_dtype,
@@ -171,8 +171,7 @@ class Array8B(AbstractScaledArray):
             assert q.scale.shape == (1, 4)
             ```
         """
-        array = as_float_array("Array8B.quantize", array)
-        dtype = check_dtype("Array8B.quantize(dtype=...)", array.dtype if dtype is None else dtype)
+        array, dtype = as_floats("Array8B.quantize", array, dtype)
         if axis is None:
             axis = (-1,) if array.ndim else ()
         axes = normalize_axes("Array8B.quantize(axis=...)", axis, array.ndim)

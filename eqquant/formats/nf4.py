@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 
 from .. import _sharding
 from .._checks import (
-    as_float_array,
+    as_floats,
     check_choice,
     check_dtype,
     check_finite,
@@ -195,8 +195,7 @@ class ArrayNF4(AbstractScaledArray):
             assert q.shape == (3, 100)
             ```
         """
-        array = as_float_array("ArrayNF4.quantize", array)
-        dtype = check_dtype("ArrayNF4.quantize(dtype=...)", array.dtype if dtype is None else dtype)
+        array, dtype = as_floats("ArrayNF4.quantize", array, dtype)
         check_even_blocks("ArrayNF4.quantize", block_size)
         check_choice("ArrayNF4.quantize(scale=...)", scale, ("absmax", "search"))
         if array.ndim:

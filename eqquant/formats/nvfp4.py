@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, UInt8
 
-from .._checks import as_float_array, check_dtype, check_finite, inherit_sharding, normalize_axes
+from .._checks import as_floats, check_finite, inherit_sharding, normalize_axes
 from .._scaled import AbstractScaledArray, CodedScale
 from ..coding import Coding, FloatCoding
 from ..rounding import by_blocks, packing_in_blocks, without_codes
@@ -86,8 +86,7 @@ class ArrayNVFP4(AbstractScaledArray):
         (outside tracing; under `jit` these turn the array to NaN), or if `axis` is out of range.
         """
         where = "ArrayNVFP4.quantize"
-        array = as_float_array(where, array)
-        dtype = check_dtype(f"{where}(dtype=...)", array.dtype if dtype is None else dtype)
+        array, dtype = as_floats(where, array, dtype)
         if array.ndim:
             (axis,) = normalize_axes(f"{where}(axis=...)", int(axis), array.ndim)
         packing = packing_in_blocks(array.shape, axis, BLOCK)
@@ -95,11 +94,8 @@ class ArrayNVFP4(AbstractScaledArray):
         check_finite(where, array, global_scale)
         size = None if packing is None else packing.tile.size
         empty = without_codes(array.shape, packing)
-        out = cls(empty, CodedScale(scale, E4M3), global_scale, packing, size, dtype=dtype)
-        return inherit_sharding(_encode(out, array), array)
-
-
-_encode = jax.jit(AbstractScaledArray.encode)
+        out = cls(empty, CodedScale(scale, E4M3), global_scale, packing, size, dtype=dtype)  # pyright: ignore[reportCallIssue]
+        return inherit_sharding(out.encode(array), array)
 
 
 @partial(jax.jit, static_argnums=1)

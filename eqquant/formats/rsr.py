@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, UInt8, UInt16
 
 from .._checks import (
-    as_float_array,
+    as_floats,
     check_dtype,
     check_finite,
     check_integers,
@@ -344,8 +344,7 @@ def _check_k(where: str, k: int) -> None:
 
 def _check_arguments(where: str, A: Any, axis: int, dtype: Any) -> tuple[Array, int, np.dtype]:
     """The floating-point matrix, a non-negative axis and the dtype that `quantize` was given."""
-    A = as_float_array(where, A)
-    dtype = check_dtype(f"{where}(dtype=...)", A.dtype if dtype is None else dtype)
+    A, dtype = as_floats(where, A, dtype)
     _check_matrix(where, A)
     (axis,) = normalize_axes(f"{where}(axis=...)", axis, A.ndim)
     return A, axis, dtype

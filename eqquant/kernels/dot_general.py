@@ -138,8 +138,9 @@ def _product_with_offset(product: Product, offset: Leaf) -> Array:
     numbers = to_elements(offset, axes.w_batch).astype(dtype)
     # It is small, and may cancel most of the rest: not rounded to what is multiplied fastest.
     y = lax.dot_general(x, numbers, axes.dimension_numbers, lax.Precision.HIGHEST, dtype)
-    for axis in axes.w_free(ndim):
-        y_axis, length = axes.y_axis(axis, x.ndim, ndim), product.w.shape[axis]
+    free = axes.w_free(ndim)
+    for y_axis, axis in enumerate(free, start=y.ndim - len(free)):
+        length = product.w.shape[axis]
         if 1 < y.shape[y_axis] < length:
             y = repeat(y, offset.tiles[axis].size, y_axis, length)
     return y

@@ -4,6 +4,9 @@ Rules have to hold for every legal array, so scales are of any sign and layout, 
 and codes take every value they may take.
 """
 
+# Of fields that a base class declares, pyright expects values.
+# pyright: reportCallIssue=false
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
