@@ -30,14 +30,16 @@ FORMATS = """\
 ## What stays packed, by format
 
 Found by running a program for each row. Its operand has 16 rows of 640 elements, or is a stack of such
-matrices, quantized with default options: so the last axis is packed, except in `Array8B`. 320 elements
-are whole tiles in every format.
+matrices, quantized with default options: so the last axis is packed, except in `Array8B` and `ArrayFP8`. 320
+elements are whole tiles in every format.
 
 - *packed*: the result is of the same format.
 - *read packed*: the result is dense, and a rule computes it from the stored codes.
 - *dense*: the operand is made dense, with a warning.
 
-¹ The quantized scales become float32.
+¹ The quantized scales become float32. In this table they stay quantized more often than they do in larger arrays: all 160 scales of a matrix
+are in one group of 256. Two matrices have two groups, and the cut between these goes through the second. [When they stay
+so](formats.md#arraynf4) depends on the shape.
 """
 KINDS = {
     eqq.AbstractScaledArray: "quantized",

@@ -130,7 +130,8 @@ def column_major(array: AbstractScaledArray) -> ColumnMajor:
         make from the weight of an `eqx.nn.Linear`.
 
     **Returns:** a [`ColumnMajor`][eqquant.ColumnMajor] of the same values. Scales that are quantized themselves
-    (`ArrayNF4` with `double=True`) are expanded: they come in groups that follow the rows.
+    (`ArrayNF4` with `double=True`) stay so where groups of 256 are whole rows or equal parts of a row; else they are
+    expanded.
 
     **Raises:** `TypeError` if `array` is not packed so.
 

@@ -38,7 +38,7 @@ class Coding:
     """
 
     bits: int
-    """Of a code."""
+    """How many bits a code has."""
     low: int = 0
     """The integer that code 0 stands for."""
     step: int = 1
@@ -143,7 +143,8 @@ class Coding:
     # ------------------------------------------------------------------- what a stored number holds
 
     def unpack(self, stored: Array, place: int, elements: int, high: bool = False) -> Any:
-        """The codes in this place of stored numbers that hold so many; of the second payload, their `high` bits."""
+        """The codes in place `place` of stored numbers that hold `elements` codes each. With `high`, the numbers are those
+        of the second payload, which hold the high bits."""
         if self.signed:
             return stored
         bits = self.high_bits if high else self.bits - self.high_bits
@@ -151,7 +152,8 @@ class Coding:
         return (stored >> shift) & (2**bits - 1)
 
     def pack(self, planes: Sequence[Any], high: bool = False) -> Any:
-        """The inverse of `unpack`, of all places: of codes, those bits that this payload holds."""
+        """The stored numbers of the codes in all places: the inverse of `unpack`. They hold the low bits of the codes, or
+        with `high` the high ones."""
         if self.signed:
             (plane,) = planes
             return plane
@@ -222,7 +224,7 @@ class FloatCoding(Coding):
         return lax.bitcast_convert_type(codes, jnp.dtype(self.kind)).astype(dtype)
 
     def nearest(self, x: Array) -> Array:
-        """The nearest numbers, ties to even; beyond the largest one, that."""
+        """The bit patterns of the nearest numbers, ties to even; beyond the largest number, those of the largest."""
         clipped = jnp.clip(x, *self.range).astype(jnp.dtype(self.kind))
         return lax.bitcast_convert_type(clipped, jnp.uint8)
 

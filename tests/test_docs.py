@@ -16,7 +16,7 @@ import pytest
 from jax import lax
 
 import eqquant as eqq
-from eqquant import _dispatch, kernels, testing, tiles
+from eqquant import _dispatch, coding, kernels, rounding, testing, tiles
 
 
 ROOT = Path(__file__).parent.parent
@@ -51,16 +51,22 @@ METHODS = {  # an override means what the method it overrides means
 }
 TOOLS = {  # for the authors of formats
     f"eqquant.{module}.{name}": x
-    for module, names in (("testing", public(testing)), ("tiles", public(tiles)))
-    for name, x in names.items()
-    if getattr(x, "__module__", "eqquant").split(".")[0] == "eqquant"
+    for module, namespace in (
+        ("coding", coding),
+        ("rounding", rounding),
+        ("testing", testing),
+        ("tiles", tiles),
+    )
+    for name, x in public(namespace).items()
+    if (from_where := getattr(x, "__module__", "eqquant")).split(".")[0] == "eqquant"
+    and (namespace is testing or from_where in ("eqquant", namespace.__name__))
 }
 TOOLS |= {
     f"{owner}.{name}": x
     for owner, cls in TOOLS.items()
     if isinstance(cls, type)
     for name, x in public(cls).items()
-    if isinstance(x, types.FunctionType)
+    if isinstance(x, types.FunctionType) and not any(name in vars(b) for b in cls.__mro__[1:])
 }
 DOCUMENTED = CALLABLES | METHODS | {name: x for name, x in TOOLS.items() if callable(x)}
 

@@ -112,7 +112,8 @@ class ArrayInt4(AbstractScaledArray):
         - `dtype`: the floating-point dtype of the logical array; that of `array` by default.
 
         **Returns:** an `ArrayInt4` of the shape of `array`. Codes are the nearest ones for the scale as it is stored. A
-        block of equal elements is exact if affine, and one of zeros always. Leaves are sharded as `array` is.
+        block of zeros is exact; so is one of equal elements if affine, where `scale_dtype` has their number. Leaves are
+        sharded as `array` is.
 
         **Raises:** `TypeError` if `array` is not a floating-point array; `ValueError` if it holds NaN or infinity, or
         numbers too large for `scale_dtype` (outside tracing; under `jit` these turn their block to NaN), or if an

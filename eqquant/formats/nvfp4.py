@@ -80,7 +80,7 @@ class ArrayNVFP4(AbstractScaledArray):
         - `dtype`: the floating-point dtype of the logical array; that of `array` by default.
 
         **Returns:** an `ArrayNVFP4` of the shape of `array`. All-zero blocks give exact zeros; so do blocks whose
-        largest magnitude is below about 4e-7 of that of the array. Leaves are sharded as `array` is.
+        largest magnitude is below about 2e-6 of that of the array. Leaves are sharded as `array` is.
 
         **Raises:** `TypeError` if `array` is not a floating-point array; `ValueError` if it holds NaN or infinity
         (outside tracing; under `jit` these turn the array to NaN), or if `axis` is out of range.
