@@ -97,7 +97,7 @@ def check_finite(where: str, array: Array, scale: Array) -> None:
     bad = np.argwhere(~np.isfinite(np.asarray(array, np.float64)))
     if not len(bad):
         raise ValueError(
-            f"{where}: values as large as {float(jnp.max(jnp.abs(array)))} overflow a float32 scale."
+            f"{where}: values as large as {float(jnp.max(jnp.abs(array)))} overflow a {scale.dtype} scale."
         )
     index = tuple(int(i) for i in bad[0])
     raise ValueError(
@@ -121,14 +121,22 @@ def check_choice(where: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{where} must be one of {', '.join(choices)}; it was given {value!r}.")
 
 
-def check_blocks(where: str, block_size: BlockSize, axes: Sequence[int]) -> None:
-    """Raises unless `block_size` is None, a positive number with one axis, or one for each axis."""
-    sizes = block_size if isinstance(block_size, tuple) else (block_size,)
-    if block_size is None or (
-        len(sizes) == len(axes) and all(size is not None and size >= 1 for size in sizes)
-    ):
-        return
-    raise ValueError(
-        f"{where}(block_size=...) must be positive and goes with exactly one axis (or is a tuple, with a size for each "
-        f"axis); it was given {block_size} with the axes {tuple(axes)}."
-    )
+def axes_and_blocks(
+    where: str, axis: int | Sequence[int], block_size: BlockSize, ndim: int
+) -> tuple[tuple[int, ...], BlockSize]:
+    """The axes as sorted non-negative integers, and the block sizes in their order.
+
+    **Raises:** `ValueError` unless `block_size` is None, a positive number with one axis, or one for each axis.
+    """
+    axes = normalize_axes(f"{where}(axis=...)", axis, ndim)
+    if block_size is None or not ndim:
+        return axes, None
+    given = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
+    sizes = (block_size,) if isinstance(block_size, (int, np.integer)) else tuple(block_size)
+    if len(sizes) != len(given) or any(size is None or size < 1 for size in sizes):
+        raise ValueError(
+            f"{where}(block_size=...) must be positive and goes with exactly one axis (or is a tuple, with a size for each "
+            f"axis); it was given {block_size} with the axes {given}."
+        )
+    by_axis = {int(a) % ndim: int(size) for a, size in zip(given, sizes, strict=True)}
+    return axes, by_axis[axes[0]] if len(axes) == 1 else tuple(by_axis[a] for a in axes)

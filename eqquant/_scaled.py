@@ -31,6 +31,7 @@ from .tiles import (
     check_scale,
     combine,
     common_block_size,
+    each_along,
     Leaf,
     Packing,
     packing_of,
@@ -39,9 +40,7 @@ from .tiles import (
     rounded,
     scale_leaf,
     Tile,
-    to_elements,
     Unaligned,
-    UNIT,
 )
 
 
@@ -214,7 +213,7 @@ class AbstractScaledArray(QuantizedArray):
 
         - `array`: of the shape of this one.
 
-        **Raises:** `ValueError` if it has another shape.
+        **Raises:** `ValueError` if it has another shape, or holds NaN or infinity (outside tracing).
 
         !!! example
 
@@ -227,11 +226,18 @@ class AbstractScaledArray(QuantizedArray):
             assert (q.encode(x).weight == q.weight).all()
             ```
         """
+        array = jnp.asarray(array)
         if array.shape != self.shape:
             raise ValueError(
                 f"encode(array) takes an array of shape {self.shape}; it was given {array.shape}."
             )
-        return self.replace(**_encode(self, jnp.asarray(array)))
+        if not isinstance(array, Tracer) and not bool(jnp.isfinite(array).all()):
+            raise ValueError("encode(array) takes finite numbers; this one holds NaN or infinity.")
+        return self.with_codes_of(array)
+
+    def with_codes_of(self: _Scaled, array: Array) -> _Scaled:
+        """As `encode`, of an array that is known to fit."""
+        return self.replace(**_encode(self, array))
 
     def _encoded(self, values: Array) -> dict[str, Array]:
         """The payloads that hold the codes nearest to these values."""
@@ -392,7 +398,7 @@ class AbstractScaledArray(QuantizedArray):
         try:
             facts = self._facts(numbers, self.packing)
         except Unaligned:  # blocks that the format cannot say: a number for each element
-            numbers |= {name: _each_along(numbers[name], range(self.ndim)) for name in grouped}
+            numbers |= {name: each_along(numbers[name], range(self.ndim)) for name in grouped}
             facts = self._facts(numbers, self.packing)
         return self.replace(**{name: numbers[name].array for name in grouped}, **facts)
 
@@ -401,7 +407,7 @@ class AbstractScaledArray(QuantizedArray):
         if all(leaf.shape[a : a + 1] == (self.shape[a],) for leaf in stored for a in axes):
             return self
         with contextlib.suppress(Unaligned):
-            return self.moved(lambda leaf: _each_along(leaf, axes))
+            return self.moved(lambda leaf: each_along(leaf, axes))
         return None
 
     def filler(self, name: str) -> int | None:
@@ -514,16 +520,6 @@ def _stored_fields(cls: type) -> list[str]:
         if not static and not variable:
             found.append(name)
     return found
-
-
-def _each_along(leaf: Leaf, axes: Sequence[int]) -> Leaf:
-    """`leaf` as long as the logical array is along these axes."""
-    for axis in axes:
-        if leaf.array.shape[axis] != leaf.shape[axis]:
-            if leaf.holds_codes:
-                raise Unaligned
-            leaf = leaf.with_axis(axis, to_elements(leaf, [axis]), UNIT, leaf.shape[axis])
-    return leaf
 
 
 def _decode(array: AbstractScaledArray) -> Array:

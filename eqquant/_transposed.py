@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -72,6 +73,10 @@ class ColumnMajor(QuantizedArray):
 
     def in_row_major(self) -> AbstractScaledArray:
         return self.view.without_views()
+
+    def encode(self, array: Any) -> "ColumnMajor":
+        """As [`AbstractScaledArray.encode`][eqquant.AbstractScaledArray.encode]."""
+        return ColumnMajor(self.stored.encode(jnp.asarray(array).mT))  # pyright: ignore[reportCallIssue]
 
     def per_element_along(self, axes: Sequence[int] = (0,)) -> "QuantizedArray | None":
         if any(axis >= self.ndim - 2 for axis in axes):

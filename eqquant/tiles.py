@@ -253,6 +253,16 @@ def broadcastable(leaf: Leaf) -> Array:
     )
 
 
+def each_along(leaf: Leaf, axes: Iterable[int]) -> Leaf:
+    """`leaf` as long as the logical array is along these axes. Raises `Unaligned` for codes that are packed."""
+    for axis in axes:
+        if leaf.array.shape[axis] != leaf.shape[axis] or leaf.is_packed_along(axis):
+            if leaf.holds_codes:
+                raise Unaligned
+            leaf = leaf.with_axis(axis, to_elements(leaf, [axis]), UNIT, leaf.shape[axis])
+    return leaf
+
+
 def combine(function: Callable[[Array, Array], Array], a: Leaf, b: Leaf) -> Leaf:
     """The function of two leaves of numbers, on tiles within which both are constant."""
     a, b = refined(a, b), refined(b, a)

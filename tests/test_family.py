@@ -238,6 +238,22 @@ def test_blocks_of_matrices_stay_packed(quantize):
     np.testing.assert_allclose(y, x @ each[0].materialize().T, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("quantize", [eqq.Array8B.quantize, eqq.ArrayFP8.quantize])
+def test_block_sizes_go_with_the_axes_as_they_are_named(quantize):
+    w = jax.random.normal(jax.random.key(0), (32, 64))
+    q = quantize(w, axis=(1, 0), block_size=(16, 8))
+    np.testing.assert_array_equal(
+        q.materialize(), quantize(w, axis=(0, 1), block_size=(8, 16)).materialize()
+    )
+    assert q.scale.shape == (4, 4) and quantize(w, axis=(-1, 0), block_size=(16, 8)).block_size == (
+        8,
+        16,
+    )
+    for sizes in ((16,), (16, 0), 16):
+        with pytest.raises(ValueError, match=r"block_size=\.\.\.\) must be positive.*given .*16"):
+            quantize(w, axis=(0, 1), block_size=sizes)
+
+
 def test_block_sizes_are_read_back_from_leaves():
     leaf = scale_leaf(jnp.ones((3, 4, 1)), (5, 8, 7), (2, 2, 9))
     assert common_block_size([leaf]) == 2
@@ -328,6 +344,10 @@ def test_what_is_encoded_again_is_the_same():
         np.testing.assert_array_equal(q.encode(q.materialize()).materialize(), q.materialize())
     with pytest.raises(ValueError, match=r"encode\(array\) takes an array of shape \(6, 70\)"):
         q.encode(w[:3])
+    with pytest.raises(ValueError, match="encode.array. takes finite numbers"):
+        q.encode(w.at[0, 0].set(jnp.nan))
+    columns = eqq.column_major(eqq.ArrayNF4.quantize(w))
+    np.testing.assert_array_equal(columns.encode(w).materialize(), columns.materialize())
 
 
 # ------------------------------------------------------------------------------------- new formats
@@ -373,8 +393,10 @@ def test_a_block_of_equal_numbers_is_exact_with_an_offset(value):
 
 def test_float16_scales_that_overflow_are_refused():
     x = jnp.full((2, 10), 1e6).at[0, 0].set(-1e7)
-    with pytest.raises(ValueError, match="overflow"):
+    with pytest.raises(ValueError, match="overflow a float16 scale"):
         eqq.ArrayInt4.quantize(x, scale_dtype=jnp.float16)
+    with pytest.raises(ValueError, match="overflow a float16 scale"):  # the offset does
+        eqq.ArrayInt4.quantize(jnp.full((2, 10), 1e5), zero="affine", scale_dtype=jnp.float16)
 
 
 def test_bit_patterns_and_coded_scales_are_never_differentiated():

@@ -13,11 +13,10 @@ from jaxtyping import Float, UInt8
 
 from .._checks import (
     as_floats,
-    check_blocks,
+    axes_and_blocks,
     check_choice,
     check_finite,
     inherit_sharding,
-    normalize_axes,
 )
 from .._scaled import AbstractScaledArray
 from ..coding import Coding, FloatCoding
@@ -107,14 +106,13 @@ class ArrayFP8(AbstractScaledArray):
         where = "ArrayFP8.quantize"
         array, dtype = as_floats(where, array, dtype)
         check_choice(f"{where}(kind=...)", kind, tuple(_CODINGS))
-        axes = normalize_axes(f"{where}(axis=...)", axis, array.ndim) if array.ndim else ()
-        block_size = block_size if array.ndim else None
-        check_blocks(where, block_size, axes)
+        axis = axis if array.ndim else ()
+        axes, block_size = axes_and_blocks(where, axis, block_size, array.ndim)
         scale = _scale(array, axes, block_size, kind)
         check_finite(where, array, scale)
         stored = stored_block_size(array, axes, block_size)
         out = cls(jnp.zeros(array.shape, jnp.uint8), scale, stored, kind, dtype)  # pyright: ignore[reportCallIssue]
-        return inherit_sharding(out.encode(array), array)
+        return inherit_sharding(out.with_codes_of(array), array)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

@@ -133,7 +133,7 @@ class ArrayInt4(AbstractScaledArray):
         empty = without_codes(array.shape, packing)
         size = None if packing is None else packing.tile.size
         out = cls(empty, *numbers, packing=packing, block_size=size, zero=zero, dtype=dtype)  # pyright: ignore[reportCallIssue]
-        return inherit_sharding(out.encode(array), array)
+        return inherit_sharding(out.with_codes_of(array), array)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -154,7 +154,15 @@ def _scale_and_offset(
         scale, offset = jnp.where(largest > -least, largest, least) / coding.low, None
     if search and scale.size:
         scale, offset = searched(blocks, scale, within, coding, offset)
-    scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan).astype(dtype)
-    scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
-    offset = None if offset is None else lax.squeeze(offset.astype(dtype), (within,))
-    return lax.squeeze(scale, (within,)), offset
+    top = float(jnp.finfo(x.dtype).max)  # values may not overflow
+    if offset is None:
+        scale = jnp.clip(scale, top / coding.low, -top / coding.low)
+    else:
+        offset = jnp.clip(offset, -top, top)
+        scale = jnp.minimum(scale, top / 15 - offset / 15)
+        offset = offset.astype(dtype)
+    scale = scale.astype(dtype)
+    fits = jnp.isfinite(least) & jnp.isfinite(largest) & jnp.isfinite(scale)
+    fits &= True if offset is None else jnp.isfinite(offset)
+    scale, squeezed = jnp.where(fits, scale, jnp.nan), (within,)
+    return lax.squeeze(scale, squeezed), None if offset is None else lax.squeeze(offset, squeezed)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int8
 
 from .._checks import (
     as_floats,
-    check_blocks,
+    axes_and_blocks,
     check_choice,
     check_dtype,
     check_finite,
@@ -174,9 +174,7 @@ class Array8B(AbstractScaledArray):
         array, dtype = as_floats("Array8B.quantize", array, dtype)
         if axis is None:
             axis = (-1,) if array.ndim else ()
-        axes = normalize_axes("Array8B.quantize(axis=...)", axis, array.ndim)
-        block_size = block_size if array.ndim else None
-        check_blocks("Array8B.quantize", block_size, axes)
+        axes, block_size = axes_and_blocks("Array8B.quantize", axis, block_size, array.ndim)
         check_choice("Array8B.quantize(activations=...)", activations, ("float", "int8"))
         scale, weight = _quantize(array, axes, block_size)
         check_finite("Array8B.quantize", array, scale)

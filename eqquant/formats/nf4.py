@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, UInt8
 
@@ -211,7 +212,13 @@ class ArrayNF4(AbstractScaledArray):
         packed, absmax = _quantize(array, packing, scale == "search")
         check_finite("ArrayNF4.quantize", array, absmax)
         if double:
-            absmax = NestedScale.quantize(absmax)
+            nested = NestedScale.quantize(absmax)
+            if not isinstance(nested.offset, Tracer) and not bool(jnp.isfinite(nested.offset)):
+                raise ValueError(
+                    f"ArrayNF4.quantize(double=True) sums up the scales, and scales as large as {float(absmax.max()):.3g} "
+                    "overflow. Leave out double=True, or scale the array down first."
+                )
+            absmax = nested
         out = cls(packed, absmax, packing=packing, dtype=dtype)
         return inherit_sharding(out, array)
 
@@ -230,6 +237,7 @@ def _quantize(
     absmax = jnp.where(jnp.isfinite(absmax), absmax, jnp.nan)
     if search and absmax.size:
         absmax, _ = searched(wide, absmax, within, ArrayNF4.coding)
+        absmax = jnp.minimum(absmax, float(jnp.finfo(x.dtype).max))  # values may not overflow
     if within is None or packing is None:
         return ArrayNF4.coding.nearest(normalized(wide, absmax)), absmax
     # Each half by itself: 4 times as fast as the codes of all, cut in half afterwards.

@@ -95,7 +95,7 @@ class ArrayNVFP4(AbstractScaledArray):
         size = None if packing is None else packing.tile.size
         empty = without_codes(array.shape, packing)
         out = cls(empty, CodedScale(scale, E4M3), global_scale, packing, size, dtype=dtype)  # pyright: ignore[reportCallIssue]
-        return inherit_sharding(out.encode(array), array)
+        return inherit_sharding(out.with_codes_of(array), array)
 
 
 @partial(jax.jit, static_argnums=1)

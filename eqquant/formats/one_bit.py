@@ -13,13 +13,12 @@ from jaxtyping import Float, UInt8
 
 from .._checks import (
     as_float_array,
-    check_blocks,
+    axes_and_blocks,
     check_choice,
     check_dtype,
     check_finite,
     check_integers,
     inherit_sharding,
-    normalize_axes,
 )
 from .._scaled import AbstractScaledArray
 from .._sharding import check_tiles
@@ -195,9 +194,12 @@ class Array1B(AbstractScaledArray):
         dtype = check_dtype("Array1B.quantize(dtype=...)", dtype, integers=exact)
         if axis is None:
             axis = (-1,) if array.ndim else ()
-        axes = normalize_axes("Array1B.quantize(axis=...)", axis, array.ndim)
-        block_size = block_size if array.ndim else None
-        check_blocks("Array1B.quantize", block_size, axes)
+        axes, blocks = axes_and_blocks("Array1B.quantize", axis, block_size, array.ndim)
+        if isinstance(blocks, tuple):
+            raise ValueError(
+                f"Array1B has blocks along one axis; Array1B.quantize(block_size=...) was given {blocks}."
+            )
+        block_size = blocks
         if tile is not None and tile < 1:
             raise ValueError(
                 f"tile must be positive; Array1B.quantize(..., tile={tile}) was given {tile}."

@@ -14,6 +14,7 @@ from .ragged_dot import quantized_ragged_dot as quantized_ragged_dot
 
 __all__ = [
     "Int8Blocks",
+    "convolve",
     "quantized_convolution_p",
     "quantized_dot_general",
     "quantized_dot_general_p",

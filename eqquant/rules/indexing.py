@@ -9,6 +9,7 @@
 | `scatter`, …           | dense: new values have no code                                             |
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from .. import tiles
 from .._array import QuantizedArray
 from .._dispatch import densify, register, transparent
 from .._scaled import AbstractScaledArray
-from ..tiles import constant_tile, Leaf, Tile, Unaligned, UNIT
+from ..tiles import constant_tile, each_along, Leaf, Tile, Unaligned, UNIT
 from .structural import leafwise
 
 
@@ -122,30 +123,29 @@ def dynamic_update_slice_scaled(
     *starts: Array,
     **params: Any,
 ) -> Any:
-    if not x.means_as(update):
-        return NotImplemented
-    try:
-        updates, moved = update.leaves(), {}
-        for name, leaf in x.leaves().items():
-            moved[name] = _updated(leaf, updates[name], starts)
-        return x.with_leaves(moved)
-    except (Unaligned, KeyError):
-        return NotImplemented
+    for old, new in ((x, update), (x.expanded(), update.expanded())):
+        if not old.means_as(new):
+            continue
+        with contextlib.suppress(Unaligned):
+            updates = new.leaves()
+            moved = {
+                name: _updated(leaf, updates[name], starts) for name, leaf in old.leaves().items()
+            }
+            return old.with_leaves(moved)
+    return NotImplemented
 
 
 def _updated(leaf: Leaf, new: Leaf, starts: Sequence[Array]) -> Leaf:
     begin = []
     for axis, start in enumerate(starts):
-        whole = new.shape[axis] == leaf.shape[axis]
-        if whole and (new.tiles[axis], new.array.shape[axis]) == (
+        if new.shape[axis] == leaf.shape[axis] and (new.tiles[axis], new.array.shape[axis]) == (
             leaf.tiles[axis],
             leaf.array.shape[axis],
         ):
             begin.append(0)
-        elif leaf.tiles[axis].size == 1 == new.tiles[axis].size:
-            begin.append(jnp.clip(start, 0, leaf.shape[axis] - new.shape[axis]))
-        else:
-            raise Unaligned
+            continue
+        leaf, new = (each_along(each, [axis]) for each in (leaf, new))
+        begin.append(jnp.clip(start, 0, leaf.shape[axis] - new.shape[axis]))
     return leaf._replace(array=lax.dynamic_update_slice(leaf.array, new.array, begin))
 
 
