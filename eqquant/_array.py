@@ -107,6 +107,7 @@ class QuantizedArray(ImplicitArray):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("A quantized array has no dense buffer: np.asarray(q) must copy.")
+        report_materialized("__array__", [self], "A NumPy function, or one that saves arrays,")
         return np.asarray(self.materialize(), dtype)
 
     def delete(self) -> None:

@@ -89,6 +89,12 @@ def bind(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any]) 
     return list(out) if primitive.multiple_results else [out]
 
 
+def promote_types(*dtypes: Any) -> Any:
+    """The dtype that JAX promotes these to: also where `jax.numpy_dtype_promotion` forbids it to programs."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jax.numpy.promote_types, dtypes)
+
+
 def tangent_dtype(dtype: Any) -> Any:
     """The dtype of tangents of arrays of `dtype`."""
     return _core.primal_dtype_to_tangent_dtype(dtype)

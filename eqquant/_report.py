@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._array import leaf_nbytes, QuantizedArray
+from ._compat import promote_types
 from ._implicit import is_implicit
 from ._model import _apply_format, _formats_by_path, _is_array, How, path_name
 from ._table import format_bytes, format_table
@@ -185,7 +186,7 @@ def _row(name: str, dense: Any, stored: Any, sqnr_db: float | None) -> ReportRow
 
 @jax.jit
 def _sqnr_db(x: Any, q: QuantizedArray) -> jax.Array:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(promote_types(x.dtype, jnp.float32))
     error = x - q.materialize().astype(x.dtype)
     peak = jnp.max(jnp.abs(x), initial=jnp.finfo(x.dtype).tiny)  # squares must not overflow
     signal, noise = jnp.sum((x / peak) ** 2), jnp.sum((error / peak) ** 2)

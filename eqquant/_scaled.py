@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import _sharding
 from ._array import QuantizedArray
+from ._compat import promote_types
 from .coding import Coding
 from .tiles import (
     BlockSize,
@@ -173,6 +174,7 @@ class AbstractScaledArray(QuantizedArray):
 
     def values(self, dtype: Any) -> Array:
         """The values $v$, without scale and offset, as a dense array of `dtype`."""
+        self._check_codes()
         if self.packing is None:
             return self.plane(0, dtype)
         return self.packing.merge([self.plane(i, dtype) for i in range(self.packing.elements)])
@@ -273,15 +275,28 @@ class AbstractScaledArray(QuantizedArray):
         value, size = getattr(self, name), self._block_size_of(name)
         if isinstance(value, StoredFactor):
             return value.decoded(self.shape, size)
-        wide = jnp.promote_types(value.dtype, jnp.float32)
+        wide = promote_types(value.dtype, jnp.float32)
         return scale_leaf(value.astype(wide), self.shape, size)
 
     # ----------------------------------------------------------------------------- stored leaves
 
     @property
     def payload_leaf(self) -> Leaf:
-        """The payload, with its tiles: the shape of the logical array is derived from it."""
+        """The payload, with its tiles: the shape of the logical array is derived from it.
+
+        **Raises:** `TypeError` if it has been turned into floating-point numbers.
+        """
+        self._check_codes()
         return payload_leaf(self.payloads[self.payload], self.packing)
+
+    def _check_codes(self) -> None:
+        codes = self.payloads[self.payload]
+        if jnp.issubdtype(codes.dtype, jnp.inexact):
+            raise TypeError(
+                f"The codes of this {type(self).__name__} have dtype {codes.dtype}: was it combined with others leaf by leaf, "
+                "as by jax.tree.map(lambda a, b: (a + b) / 2, model, other)? Codes are no numbers. Materialize the models "
+                "first (eqquant.materialize), or stop at quantized arrays with is_leaf=eqquant.is_implicit."
+            )
 
     @property
     def payloads(self) -> dict[str, Any]:
@@ -558,6 +573,6 @@ def cast(array: AbstractScaledArray, dtype: Any) -> tuple[np.dtype, tuple[np.dty
     """The `dtype` and `casts` of `array` cast to a floating-point `dtype`, value for value."""
     chain = [array.compute_dtype, *array.casts, array.dtype, jnp.dtype(dtype)]
     for i in range(len(chain) - 2, 0, -1):  # a cast that lost nothing need not be remembered
-        if jnp.promote_types(chain[i - 1], chain[i]) == chain[i]:
+        if promote_types(chain[i - 1], chain[i]) == chain[i]:
             del chain[i]
     return chain[-1], tuple(chain[1:-1])

@@ -21,6 +21,7 @@ from jax import Array, lax
 from jaxtyping import Float, PRNGKeyArray
 
 from ._array import QuantizedArray
+from ._compat import promote_types
 from ._dispatch import apply, register
 from ._implicit import is_implicit
 from ._implicit_array import as_dense, ImplicitArray, without_views
@@ -76,7 +77,7 @@ class AdaptedArray(QuantizedArray):
     def materialize(self) -> Array:
         """$W + \\alpha B A$, summed in float32 (float64 if a part is), then cast as `casts` says."""
         base = as_dense(self.base)
-        wide = jnp.promote_types(jnp.promote_types(base.dtype, self.a.dtype), jnp.float32)
+        wide = promote_types(base.dtype, self.a.dtype, jnp.float32)
         product = self.b.astype(wide) @ self.a.astype(wide)
         weight = base.astype(wide) + self.scale * product
         for dtype in (base.dtype, *self.casts):
@@ -316,7 +317,7 @@ def dot_general_array_adapted(
             lax.convert_element_type_p, base, new_dtype=w.dtype, weak_type=False, sharding=None
         )
     y = _one(primitive, x, base, dimension_numbers=dimension_numbers, **params)
-    wide = dict(params, preferred_element_type=jnp.promote_types(y.dtype, near.dtype))
+    wide = dict(params, preferred_element_type=promote_types(y.dtype, near.dtype))
     inner = primitive.bind(x, near, dimension_numbers=dimension_numbers, **wide)
     batch = tuple(range(len(wb)))
     numbers = (((inner.ndim - 1,), (n - 1 if wc[0] == n - 1 else n - 2,)), (batch, batch))

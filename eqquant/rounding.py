@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array, lax
 
 from . import _sharding
+from ._compat import promote_types
 from .coding import Coding
 from .tiles import BlockSize, Packing, Tile
 
@@ -66,7 +67,7 @@ def zero_or_nan(x: Array, axes: tuple[int, ...]) -> Array:
 
     if _sharding.is_explicit(x):
         return look(x)
-    total = jnp.sum(x, axis=axes, keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    total = jnp.sum(x, axis=axes, keepdims=True, dtype=promote_types(x.dtype, jnp.float32))
     nothing = lambda x: jnp.zeros_like(total, x.dtype)  # noqa: E731
     return lax.cond(jnp.all(jnp.isfinite(total)), nothing, look, x)
 

@@ -1,5 +1,6 @@
 """A quantized array behaves as an array: operators, indexing, NumPy, jaxtyping, tree utilities."""
 
+import io
 import operator
 
 import beartype
@@ -12,6 +13,7 @@ import pytest
 from jaxtyping import Array, Float, jaxtyped
 
 import eqquant as eqq
+from eqquant.testing import LAYOUTS, QUANTIZERS
 
 
 @pytest.fixture
@@ -112,9 +114,10 @@ def test_jax_array_on_the_left_is_right_dense_and_warned_about(q, dense):
 
 
 def test_numpy_conversion(q, dense):
-    np.testing.assert_array_equal(np.asarray(q), dense)
-    assert np.asarray(q, np.float64).dtype == np.float64
-    assert np.array(q).dtype == np.float32
+    with eqq.on_materialize("ignore"):
+        np.testing.assert_array_equal(np.asarray(q), dense)
+        assert np.asarray(q, np.float64).dtype == np.float64
+        assert np.array(q).dtype == np.float32
     with pytest.raises(ValueError, match="must copy"):
         np.array(q, copy=False)
 
@@ -205,3 +208,67 @@ def test_safe_materialize_and_safe_delete(q):
     assert same is x and not materialized
     eqq.safe_delete(same, materialized)
     assert not x.is_deleted()
+
+
+# ------------------------------------------------------------------ what must not happen silently
+
+
+def average(a, b):
+    return jax.tree.map(lambda a, b: (a + b) / 2, a, b)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_codes_that_were_averaged_are_refused(name):
+    w = jax.random.normal(jax.random.key(0), (4, 64))
+    mean = average(QUANTIZERS[name](w), QUANTIZERS[name](-w))
+    for use in (
+        lambda q: q.shape,
+        lambda q: q.materialize(),
+        lambda q: q @ jnp.ones(64),
+        lambda q: q.T,
+        lambda q: eqq.implicit(jnp.sum)(q),
+        lambda q: jax.jit(lambda q: q.materialize())(q),
+    ):
+        with pytest.raises(
+            TypeError, match=r"have dtype float32.*leaf by leaf.*is_leaf=eqquant\.is_implicit"
+        ):
+            use(mean)
+    stopped = jax.tree.map(
+        lambda a: a.materialize() if eqq.is_implicit(a) else a,
+        QUANTIZERS[name](w),
+        is_leaf=eqq.is_implicit,
+    )  # the way that the message shows
+    assert stopped.shape == w.shape
+    assert repr(mean)  # debuggers show it
+
+
+@pytest.mark.parametrize("save", [np.asarray, np.sin, lambda q: np.savez(io.BytesIO(), w=q)])
+def test_numpy_makes_it_dense_in_daylight(save):
+    q = eqq.Array8B.quantize(jnp.ones((4, 8)))
+    with (
+        eqq.strict(),
+        pytest.raises(eqq.MaterializeError, match="A NumPy function, or one that saves"),
+    ):
+        save(q)
+    with eqq.on_materialize("ignore"):
+        save(q)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_programs_may_forbid_promotion(name, dtype):
+    w = jax.random.normal(jax.random.key(0), (16, 64), dtype)
+    with jax.numpy_dtype_promotion("strict"):
+        q, x = LAYOUTS[name](w), jnp.ones((3, 64), dtype)
+        for activations in (None, "int8"):
+            y = eqq.implicit(lambda x, q: x @ q.T, activations=activations)(x, q)
+            assert y.dtype == dtype
+        back = eqq.implicit(lambda x, q: x[:, :16] @ q)
+        jax.grad(lambda x: back(x, q).astype(jnp.float32).sum())(x)
+        (
+            q * jnp.asarray(2, dtype),
+            q.sum(),
+            q[1],
+            q.astype(jnp.float32).materialize(),
+            eqq.report(w, q),
+        )

@@ -21,6 +21,7 @@ from .._checks import (
     inherit_sharding,
     normalize_axes,
 )
+from .._compat import promote_types
 from .._scaled import AbstractScaledArray
 from ..coding import Coding
 from ..rounding import absmax as absmax_of, stored_block_size
@@ -187,7 +188,7 @@ class Array8B(AbstractScaledArray):
 def _quantize(
     x: Array, axes: tuple[int, ...], block_size: BlockSize
 ) -> tuple[Float[Array, "..."], Int8[Array, "..."]]:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = promote_types(x.dtype, jnp.float32)
     absmax = absmax_of(x, axes, block_size).astype(wide)
     scale = (absmax / 127).astype(jnp.float32)
     # 127 * scale must not round up to infinity.

@@ -378,6 +378,7 @@ def _binarize(x: Array, axis: int) -> tuple[Array, Array]:
 
 @partial(jax.jit, static_argnums=1)
 def _ternarize(x: Array, axis: int) -> tuple[Array, Array]:
+    x = x.astype(jnp.float32)
     scale = mean_where(jnp.abs(x), jnp.ones(x.shape, bool), (axis,))
     pattern = (x > scale / 2).astype(jnp.int8) - (x < -scale / 2).astype(jnp.int8)
     return pattern, scale

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .._compat import promote_types
 from .._scaled import AbstractScaledArray
 from ..rounding import largest_magnitude
 from .matmul.axes import Axes
@@ -47,9 +48,10 @@ def rounded(x: Array, w: AbstractScaledArray, axes: Axes, activations: Any) -> t
 def rounded_rows(x: Array, axes: tuple[int, ...]) -> Array:
     """`x` rounded to 8 bits: the numbers along `axes` to integers times their largest magnitude over 127.
     Its derivative is the identity."""
-    scaled, unit = scaled_to_int8(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes)
+    wide = x.astype(promote_types(x.dtype, jnp.float32))
+    scaled, unit = scaled_to_int8(wide, axes)
     # Rounding to the dtype of `x` may move a number, but not to where another integer is nearest.
-    rounded = jnp.where(jnp.isinf(unit), jnp.where(jnp.isinf(x), x, 0), jnp.round(scaled) * unit)
+    rounded = jnp.where(jnp.isinf(unit), jnp.where(jnp.isinf(x), wide, 0), jnp.round(scaled) * unit)
     return rounded.astype(x.dtype)
 
 

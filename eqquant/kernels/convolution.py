@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from .. import _compat, tiles
+from .._compat import promote_types
 from .._scaled import AbstractScaledArray
 from .dot_general import quantized_dot_general
 from .in_pieces import by_pieces
@@ -65,7 +66,7 @@ def convolve(
         assert y.shape == (1, 8, 16, 16)
         ```
     """
-    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, w.dtype))
+    out_dtype = jnp.dtype(preferred_element_type or promote_types(x.dtype, w.dtype))
     params |= dict(reverse=False, out_dtype=out_dtype)
     grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
     small = w.size * out_dtype.itemsize <= SMALL_BYTES
@@ -124,7 +125,7 @@ def _whole(
     out_sharding: Any = None,
     **params: Any,
 ) -> Array:
-    compute = jnp.promote_types(jnp.promote_types(x.dtype, out_dtype), jnp.float32)
+    compute = promote_types(x.dtype, out_dtype, jnp.float32)
     out_axis, *others = dimension_numbers.rhs_spec
     scale, factors = w.scale_leaf, None
     if scale is None or w.offset_leaf is not None or not all(map(scale.is_constant_along, others)):

@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 from jax import Array, lax
 
 from .. import _compat
+from .._compat import promote_types
 from .._daylight import note_kernel
 from .._dispatch import preferred_activations, preferred_implementation
 from .._scaled import AbstractScaledArray
@@ -67,7 +68,7 @@ def quantized_dot_general(
         ```
     """
     if preferred_element_type is None:
-        preferred_element_type = jnp.promote_types(x.dtype, w.dtype)
+        preferred_element_type = promote_types(x.dtype, w.dtype)
     axes, dtype = Axes.of(dimension_numbers), jnp.dtype(preferred_element_type)
     asked = (activations, preferred_activations(), w.activations)
     x, digits = rounded(x, w, axes, next(one for one in asked if one is not None))

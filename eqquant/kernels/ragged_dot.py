@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .._compat import promote_types
 from .._scaled import AbstractScaledArray
 from ..tiles import dynamic_slice, remove_axis
 from .dot_general import quantized_dot_general
@@ -41,8 +42,8 @@ def quantized_ragged_dot(
         assert y.shape == (5, 3)
         ```
     """
-    out_dtype = preferred_element_type or jnp.promote_types(x.dtype, w.dtype)
-    accumulate = jnp.promote_types(out_dtype, jnp.float32)
+    out_dtype = preferred_element_type or promote_types(x.dtype, w.dtype)
+    accumulate = promote_types(out_dtype, jnp.float32)
     rows, ends = jnp.arange(x.shape[0]), jnp.cumsum(group_sizes)
 
     @jax.checkpoint

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 
 from .. import _compat
 from .._array import QuantizedArray
+from .._compat import promote_types
 from .._daylight import report_materialized
 from .._dispatch import register, transparent
 from .._implicit_array import as_dense
@@ -82,7 +83,7 @@ def _by_scalar(primitive: Any, x: AbstractScaledArray, scalar: Array, params: An
 
     def change(scale: Array) -> Array:
         # In float16 it would lose digits.
-        scale = scale.astype(jnp.promote_types(scale.dtype, jnp.float32))
+        scale = scale.astype(promote_types(scale.dtype, jnp.float32))
         return primitive.bind(scale, scalar.astype(scale.dtype), **params)
 
     return _rescaled(x, change)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import Array
 
+from ...._compat import promote_types
 from ...._scaled import AbstractScaledArray
 from ....tiles import Leaf, to_elements
 from ..as_matrices import by_matrices, holds_for_matrices
@@ -104,7 +105,7 @@ def case_of(rows: int, w: AbstractScaledArray, axis: int, dtype: Any) -> Case:
 
 def _dtype(x: Any, w: AbstractScaledArray) -> Any:
     """What is multiplied."""
-    return jnp.dtype(jnp.promote_types(x.dtype, w.dtype))
+    return jnp.dtype(promote_types(x.dtype, w.dtype))
 
 
 def _decodes(w: AbstractScaledArray) -> bool:

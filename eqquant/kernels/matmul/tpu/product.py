@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from ...._compat import promote_types
 from ...._scaled import AbstractScaledArray
 from ....tiles import Leaf, Packing, to_elements
 from ..as_matrices import by_matrices, holds_for_matrices
@@ -57,7 +58,7 @@ def compute(product: Product, target: Target, *, interpret: Any = False) -> Arra
             scales = to_elements(scale, [1 - axis]).astype(jnp.float32)
             scales = scales if axis == 1 else scales.T
         missing = packing.elements * packing.stored - rows.shape[1]
-        rows = rows.astype(jnp.promote_types(rows.dtype, w.dtype))
+        rows = rows.astype(promote_types(rows.dtype, w.dtype))
         return kernel.product(
             jnp.pad(rows, ((0, 0), (0, missing))),
             w.payload_leaf.array,
