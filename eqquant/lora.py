@@ -24,7 +24,7 @@ from ._array import QuantizedArray
 from ._dispatch import apply, register
 from ._implicit import is_implicit
 from ._implicit_array import as_dense, ImplicitArray, without_views
-from ._model import matching_paths, path_name, quantize
+from ._model import identity, map_arrays, matching_paths, path_name, quantize
 from ._report import Report, report
 
 
@@ -156,20 +156,21 @@ def add(
     scale = float(alpha / (rank**0.5 if rank_stabilized else rank))
     patterns = [paths] if isinstance(paths, str) else list(paths)
     chosen = {name for pattern in patterns for name in matching_paths(model, pattern)}
-    done: dict[int, AdaptedArray] = {}
+    done: dict[Any, AdaptedArray] = {}
 
     def adapt(path: Any, weight: Any) -> Any:
         name = path_name(path)
         if name not in chosen or isinstance(weight, AdaptedArray):
             return weight
-        if id(weight) not in done:
+        tie = identity(weight)
+        if tie not in done:
             *batch, out, inner = weight.shape
             own = jax.random.fold_in(key, len(done))
             bound = inner**-0.5
             a = jax.random.uniform(own, (*batch, rank, inner), dtype, -bound, bound)
             b = jnp.zeros((*batch, out, rank), dtype)
-            done[id(weight)] = AdaptedArray(weight, a, b, scale, float(dropout))  # pyright: ignore
-        return done[id(weight)]
+            done[tie] = AdaptedArray(weight, a, b, scale, float(dropout))  # pyright: ignore
+        return done[tie]
 
     return jtu.tree_map_with_path(adapt, model, is_leaf=is_implicit)
 
@@ -193,9 +194,7 @@ def adapters(model: Any) -> Any:
 
 def base(model: Tree) -> Tree:
     """`model` without its adapters, as it was before [`lora.add`][eqquant.lora.add]."""
-    return jtu.tree_map(
-        lambda x: x.base if isinstance(x, AdaptedArray) else x, model, is_leaf=is_implicit
-    )
+    return map_arrays(lambda x: x.base if isinstance(x, AdaptedArray) else x, model)
 
 
 def dropout(model: Tree, key: PRNGKeyArray) -> Tree:
@@ -215,7 +214,7 @@ def dropout(model: Tree, key: PRNGKeyArray) -> Tree:
         mask = jax.random.bernoulli(jax.random.fold_in(key, next(count)), kept, shape)
         return x.replace(a=jnp.where(mask, x.a / kept, 0))
 
-    return jtu.tree_map(drop, model, is_leaf=is_implicit)
+    return map_arrays(drop, model)
 
 
 def merge(model: Tree, how: Any = None) -> tuple[Tree, Report]:
@@ -246,7 +245,7 @@ def merge(model: Tree, how: Any = None) -> tuple[Tree, Report]:
     def only_adapted(x: Any) -> Any:
         return x.materialize() if isinstance(x, AdaptedArray) else None
 
-    dense = jtu.tree_map(only_adapted, model, is_leaf=is_implicit)
+    dense = map_arrays(only_adapted, model)
     merged = dense if how is None else quantize(dense, how)
     rest = jtu.tree_map(
         lambda x: None if isinstance(x, AdaptedArray) else x, model, is_leaf=is_implicit

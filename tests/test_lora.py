@@ -229,6 +229,20 @@ def test_tied_weights_share_an_adapter():
     assert model["in"] is model["out"]
 
 
+@pytest.mark.parametrize("how", [None, eqq.Array8B.quantize], ids=["dense", "quantized again"])
+def test_tied_weights_stay_tied_through_dropout_and_merging(how):
+    weight = jax.random.normal(jax.random.key(0), (8, 16))
+    model = {"embedding": weight, "unembedding": weight}
+    adapted = lora.add(model, rank=2, dropout=0.5, key=jax.random.key(1))
+    hidden = lora.dropout(adapted, jax.random.key(2))
+    assert hidden["embedding"] is hidden["unembedding"]
+    for each in (adapted, hidden):
+        merged, errors = lora.merge(each, how)
+        assert merged["embedding"] is merged["unembedding"]
+        assert [row.path for row in errors.rows] == ["embedding"]
+    assert lora.base(adapted)["embedding"] is lora.base(adapted)["unembedding"] is weight
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
