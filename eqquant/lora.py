@@ -5,6 +5,7 @@
 | `transpose` of the last axes  | stays adapted: the factors change places                           |
 | `dot_general`                 | three products: with the base, and with each factor                |
 | cast to a floating-point dtype| stays adapted                                                      |
+| `neg`, `mul`, `div` by a scalar | stays adapted: base and second factor take it                    |
 | all else                      | dense                                                              |
 """
 
@@ -291,10 +292,28 @@ def convert_element_type_adapted(
     return x.replace(casts=(*x.casts, jnp.dtype(new_dtype)))
 
 
-@register("copy", "copy_p", "stop_gradient", "name", "pvary")
-def pass_through_adapted(primitive: Any, x: AdaptedArray, **params: Any) -> Any:
-    parts = {name: _one(primitive, getattr(x, name), **params) for name in ("base", "a", "b")}
-    return x.replace(**parts)
+@register(lax.neg_p)
+def neg_adapted(primitive: Any, x: AdaptedArray, **params: Any) -> Any:
+    return x.replace(base=_one(primitive, x.base, **params), b=-x.b)
+
+
+@register(lax.mul_p, lax.div_p)
+def mul_adapted_scalar(primitive: Any, x: AdaptedArray, y: Array, **params: Any) -> Any:
+    return _by_scalar(primitive, x, y, params)
+
+
+@register(lax.mul_p)
+def mul_scalar_adapted(primitive: Any, x: Array, y: AdaptedArray, **params: Any) -> Any:
+    return _by_scalar(primitive, y, x, params)
+
+
+def _by_scalar(primitive: Any, x: AdaptedArray, scalar: Array, params: dict[str, Any]) -> Any:
+    # (W + s B A) c = W c + s (B c) A.
+    if scalar.ndim or x.casts or scalar.dtype != x.dtype or params.get("out_dtype") is not None:
+        return NotImplemented
+    b = x.b.astype(jnp.promote_types(x.b.dtype, jnp.float32))
+    base = _one(primitive, x.base, scalar, **params)
+    return x.replace(base=base, b=primitive.bind(b, scalar.astype(b.dtype), **params))
 
 
 @register(lax.dot_general_p)

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_raises, small_mlp, train
+from jax.ad_checkpoint import checkpoint_name
 
 import eqquant as eqq
 from eqquant import lora, testing
@@ -118,6 +119,22 @@ def test_laws(law, mode):
     law = dataclasses.replace(law, ranks=tuple(rank for rank in law.ranks if rank > 1))
     max_examples = -(-hypothesis.settings().max_examples // 5)
     testing.check_law(law, adapted_arrays, mode, max_examples=max_examples)
+
+
+@each_base
+def test_a_factor_keeps_base_and_adapter_apart(base):
+    w = adapted_array(8, 16, base=base)
+    programs = [
+        lambda w: -w, lambda w: 2 * w, lambda w: w / 3, lambda w: w.T * 0.5,
+        lambda w: jax.lax.reduce_precision(w, 8, 23), lambda w: checkpoint_name(w, "weight"),
+    ]  # fmt: skip
+    for program in programs:
+        with eqq.strict():
+            got = eqq.implicit(program)(w)
+        assert isinstance(got, lora.AdaptedArray)
+        np.testing.assert_allclose(
+            got.materialize(), program(w.materialize()), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_what_has_no_adapted_form_is_dense_and_says_so():
