@@ -68,7 +68,7 @@ class Implicit(eqx.Module, Generic[P, R]):
         arrays = [leaves[i] for i in traced]
         jaxpr = jax.make_jaxpr(on_logical_arrays)(*map(_logical, arrays))
         with preferring(self.implementation, self.activations):
-            results = map(_as_array, evaluate(jaxpr, arrays))
+            results = iter(evaluate(jaxpr, arrays))
         out_treedef, out_leaves = results_like
         return jtu.tree_unflatten(
             out_treedef, [next(results) if leaf is None else leaf for leaf in out_leaves]
@@ -151,7 +151,7 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         values.update(zip(eqn.outvars, results, strict=True))
         for var in {v for v in eqn.invars if _is_var(v) and last_use[v] == i} - kept:
             del values[var]
-    return [without_views(read(atom)) for atom in jaxpr.outvars]
+    return [_as_result(read(atom)) for atom in jaxpr.outvars]
 
 
 def _is_var(atom: Any) -> bool:
@@ -162,9 +162,11 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic, ImplicitArray))
 
 
-def _as_array(x: Any) -> Any:
-    """A result: constants of a trace are not yet arrays."""
-    given = is_implicit(x) or isinstance(x, jax.Array) or x.dtype == jax.dtypes.float0
+def _as_result(x: Any) -> Any:
+    """A result as an array: a constant of a jaxpr may be one of NumPy, or a Python number."""
+    if is_implicit(x):
+        return without_views(x)
+    given = isinstance(x, jax.Array) or getattr(x, "dtype", None) == jax.dtypes.float0
     return x if given else jnp.asarray(x)
 
 

@@ -57,13 +57,13 @@ def quantize(tree: Tree, how: How) -> Tree:
         ```
     """
     quantizers = _formats_by_path(tree, how)
-    done: dict[tuple[int, int], QuantizedArray | jax.Array] = {}
+    done: dict[Any, QuantizedArray | jax.Array] = {}
 
     def convert(path: Any, leaf: Any) -> Any:
         quantizer = quantizers.get(path_name(path))
         if quantizer is None:
             return leaf
-        key = (id(leaf), id(quantizer))
+        key = (identity(leaf), _identity_of_function(quantizer))
         if key not in done:
             done[key] = _apply_format(quantizer, leaf, path_name(path))
         return done[key]
@@ -72,7 +72,7 @@ def quantize(tree: Tree, how: How) -> Tree:
 
 
 def materialize(tree: Tree) -> Tree:
-    """`tree` with every quantized array made dense.
+    """`tree` with every quantized array made dense; one that occurs twice (tied weights) is made dense once.
 
     !!! example
 
@@ -85,7 +85,36 @@ def materialize(tree: Tree) -> Tree:
         assert isinstance(dense.weight, jax.Array)
         ```
     """
-    return jtu.tree_map(as_dense, tree, is_leaf=is_implicit)
+    return map_arrays(as_dense, tree)
+
+
+def identity(x: Any) -> Any:
+    """Equal for what occurs twice in a tree: for one array, and for quantized arrays of the same stored arrays
+    (those that occur twice are two objects after a `tree_map`)."""
+    if not is_implicit(x):
+        return id(x)
+    leaves, treedef = jtu.tree_flatten(x)
+    return treedef, *map(id, leaves)
+
+
+def _identity_of_function(function: Any) -> Any:
+    """Equal for one method that was looked up twice: that makes two objects."""
+    owner, method = getattr(function, "__self__", None), getattr(function, "__func__", None)
+    return id(function) if method is None else (id(owner), id(method))
+
+
+def map_arrays(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The function of each array, dense or quantized, and of all other leaves. What occurs twice is mapped once, so
+    that tied weights stay tied."""
+    done: dict[Any, Any] = {}
+
+    def once(x: Any) -> Any:
+        key = identity(x)
+        if key not in done:
+            done[key] = function(x)
+        return done[key]
+
+    return jtu.tree_map(once, tree, is_leaf=is_implicit)
 
 
 def path_name(path: Any) -> str:

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from ._array import leaf_nbytes, QuantizedArray
 from ._compat import promote_types
 from ._implicit import is_implicit
-from ._model import _apply_format, _formats_by_path, _is_array, How, path_name
+from ._model import _apply_format, _formats_by_path, _is_array, How, identity, path_name
 from ._table import format_bytes, format_table
 
 
@@ -119,9 +119,9 @@ def report(dense: Any, quantized: Any) -> Report:
             raise ValueError(
                 f"{name!r} has shape {x.shape} in one model and {q.shape} in the other."
             )
-        if id(q) in seen:
+        if identity(q) in seen:
             continue
-        seen.add(id(q))
+        seen.add(identity(q))
         noise = float(_sqnr_db(x, q)) if is_implicit(q) and not is_implicit(x) else None
         rows.append(_row(name, x, q, noise))
     return Report(tuple(rows))
@@ -150,9 +150,9 @@ def plan(tree: Any, how: How) -> Report:
     quantizers = _formats_by_path(tree, how)
     rows, seen = [], set()
     for name, x in _arrays(tree):
-        if id(x) in seen:
+        if identity(x) in seen:
             continue
-        seen.add(id(x))
+        seen.add(identity(x))
         q = x
         if name in quantizers:
             struct = jax.ShapeDtypeStruct(x.shape, x.dtype)

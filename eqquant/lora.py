@@ -5,6 +5,7 @@
 | `transpose` of the last axes  | stays adapted: the factors change places                           |
 | `dot_general`                 | three products: with the base, and with each factor                |
 | cast to a floating-point dtype| stays adapted                                                      |
+| `neg`, `mul`, `div` by a scalar | stays adapted: base and second factor take it                    |
 | all else                      | dense                                                              |
 """
 
@@ -25,7 +26,7 @@ from ._compat import promote_types
 from ._dispatch import apply, register
 from ._implicit import is_implicit
 from ._implicit_array import as_dense, ImplicitArray, without_views
-from ._model import matching_paths, path_name, quantize
+from ._model import identity, map_arrays, matching_paths, path_name, quantize
 from ._report import Report, report
 
 
@@ -157,20 +158,21 @@ def add(
     scale = float(alpha / (rank**0.5 if rank_stabilized else rank))
     patterns = [paths] if isinstance(paths, str) else list(paths)
     chosen = {name for pattern in patterns for name in matching_paths(model, pattern)}
-    done: dict[int, AdaptedArray] = {}
+    done: dict[Any, AdaptedArray] = {}
 
     def adapt(path: Any, weight: Any) -> Any:
         name = path_name(path)
         if name not in chosen or isinstance(weight, AdaptedArray):
             return weight
-        if id(weight) not in done:
+        tie = identity(weight)
+        if tie not in done:
             *batch, out, inner = weight.shape
             own = jax.random.fold_in(key, len(done))
             bound = inner**-0.5
             a = jax.random.uniform(own, (*batch, rank, inner), dtype, -bound, bound)
             b = jnp.zeros((*batch, out, rank), dtype)
-            done[id(weight)] = AdaptedArray(weight, a, b, scale, float(dropout))  # pyright: ignore
-        return done[id(weight)]
+            done[tie] = AdaptedArray(weight, a, b, scale, float(dropout))  # pyright: ignore
+        return done[tie]
 
     return jtu.tree_map_with_path(adapt, model, is_leaf=is_implicit)
 
@@ -194,9 +196,7 @@ def adapters(model: Any) -> Any:
 
 def base(model: Tree) -> Tree:
     """`model` without its adapters, as it was before [`lora.add`][eqquant.lora.add]."""
-    return jtu.tree_map(
-        lambda x: x.base if isinstance(x, AdaptedArray) else x, model, is_leaf=is_implicit
-    )
+    return map_arrays(lambda x: x.base if isinstance(x, AdaptedArray) else x, model)
 
 
 def dropout(model: Tree, key: PRNGKeyArray) -> Tree:
@@ -216,7 +216,7 @@ def dropout(model: Tree, key: PRNGKeyArray) -> Tree:
         mask = jax.random.bernoulli(jax.random.fold_in(key, next(count)), kept, shape)
         return x.replace(a=jnp.where(mask, x.a / kept, 0))
 
-    return jtu.tree_map(drop, model, is_leaf=is_implicit)
+    return map_arrays(drop, model)
 
 
 def merge(model: Tree, how: Any = None) -> tuple[Tree, Report]:
@@ -247,7 +247,7 @@ def merge(model: Tree, how: Any = None) -> tuple[Tree, Report]:
     def only_adapted(x: Any) -> Any:
         return x.materialize() if isinstance(x, AdaptedArray) else None
 
-    dense = jtu.tree_map(only_adapted, model, is_leaf=is_implicit)
+    dense = map_arrays(only_adapted, model)
     merged = dense if how is None else quantize(dense, how)
     rest = jtu.tree_map(
         lambda x: None if isinstance(x, AdaptedArray) else x, model, is_leaf=is_implicit
@@ -293,10 +293,28 @@ def convert_element_type_adapted(
     return x.replace(casts=(*x.casts, jnp.dtype(new_dtype)))
 
 
-@register("copy", "copy_p", "stop_gradient", "name", "pvary")
-def pass_through_adapted(primitive: Any, x: AdaptedArray, **params: Any) -> Any:
-    parts = {name: _one(primitive, getattr(x, name), **params) for name in ("base", "a", "b")}
-    return x.replace(**parts)
+@register(lax.neg_p)
+def neg_adapted(primitive: Any, x: AdaptedArray, **params: Any) -> Any:
+    return x.replace(base=_one(primitive, x.base, **params), b=-x.b)
+
+
+@register(lax.mul_p, lax.div_p)
+def mul_adapted_scalar(primitive: Any, x: AdaptedArray, y: Array, **params: Any) -> Any:
+    return _by_scalar(primitive, x, y, params)
+
+
+@register(lax.mul_p)
+def mul_scalar_adapted(primitive: Any, x: Array, y: AdaptedArray, **params: Any) -> Any:
+    return _by_scalar(primitive, y, x, params)
+
+
+def _by_scalar(primitive: Any, x: AdaptedArray, scalar: Array, params: dict[str, Any]) -> Any:
+    # (W + s B A) c = W c + s (B c) A.
+    if scalar.ndim or x.casts or scalar.dtype != x.dtype or params.get("out_dtype") is not None:
+        return NotImplemented
+    b = x.b.astype(jnp.promote_types(x.b.dtype, jnp.float32))
+    base = _one(primitive, x.base, scalar, **params)
+    return x.replace(base=base, b=primitive.bind(b, scalar.astype(b.dtype), **params))
 
 
 @register(lax.dot_general_p)

@@ -417,6 +417,12 @@ def pad(leaf: Leaf, axis: int, low: int, high: int, interior: int, filler: Any) 
     return leaf.with_axis(axis, array, UNIT, new_length)
 
 
+def as_index(x: Any) -> Array:
+    """Integers that can be compared with the length of any axis: those of 8 or 16 bits cannot."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
+
+
 def dynamic_slice(leaf: Leaf, axis: int, start: Any, size: int) -> Leaf:
     """`leaf` of the logical array sliced `[start : start + size]`, `start` known at run time."""
     length = leaf.shape[axis]
@@ -424,7 +430,7 @@ def dynamic_slice(leaf: Leaf, axis: int, start: Any, size: int) -> Leaf:
         return leaf
     if leaf.is_constant_along(axis):
         return leaf.with_axis(axis, leaf.array, constant_tile(size), size)
-    start = jnp.clip(start, 0, length - size)
+    start = jnp.clip(as_index(start), 0, length - size)
     if leaf.tiles[axis].size == 1:
         array = lax.dynamic_slice_in_dim(leaf.array, start, size, axis)
         return leaf.with_axis(axis, array, UNIT, size)

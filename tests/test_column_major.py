@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from helpers import normal
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import eqquant as eqq
@@ -93,10 +94,19 @@ def test_what_keeps_the_order_and_what_does_not(name):
             columns.astype(jnp.bfloat16),
             eqq.implicit(jax.lax.stop_gradient)(columns),
             eqx.filter_jit(eqq.implicit(lambda w: w))(columns),
+            -columns,
+            2 * columns,
+            columns / jnp.asarray(2.0),
+            columns.astype(jnp.bfloat16) * 2,
+            eqq.implicit(lambda w: jax.lax.reduce_precision(w, 8, 23))(columns),
+            eqq.implicit(lambda w: checkpoint_name(w, "weight"))(columns),
         ]
         rows = columns[2:6]
+        views = eqq.implicit(lambda w: (w.T * 2).T)(columns)
     assert all(isinstance(w, eqq.ColumnMajor) for w in kept)
     assert kept[0].dtype == jnp.bfloat16
+    assert (kept[4].materialize() == 2 * columns.materialize()).all()
+    assert (views.materialize() == 2 * columns.materialize()).all()
     assert isinstance(rows, eqq.AbstractScaledArray)
     assert (rows.materialize() == columns.materialize()[2:6]).all()
 

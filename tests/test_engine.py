@@ -336,3 +336,59 @@ def test_ste_has_the_value_of_the_quantizer_and_the_derivative_of_the_identity()
 def test_names_of_primitives_resolve():
     assert _compat.find_primitive("dot_general") is lax.dot_general_p
     assert _compat.find_primitive("no_such_primitive") is None
+
+
+# -------------------------------------------------------------------------------------- results
+
+
+CONSTANTS = (True, 3, 2.5, np.float32(1.5), np.bool_(False), np.arange(3))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [jax.checkpoint, jax.jit, lambda f: f, lambda f: lambda w: jax.lax.cond(True, f, f, w)],
+    ids=["checkpoint", "jit", "as it is", "cond"],
+)
+def test_functions_may_return_constants(q, transform):
+    def program(w):
+        return w.sum(), jnp.asarray(True), jnp.asarray(2), *CONSTANTS
+
+    got, want = eqq.implicit(transform(program))(q), transform(program)(q.materialize())
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+        if isinstance(y, jax.Array):
+            assert (x.dtype, x.weak_type) == (y.dtype, y.weak_type)
+
+
+def test_functions_with_custom_derivatives_may_return_constants(q):
+    @jax.custom_vjp
+    def with_vjp(x, w):
+        return x * w.sum(), True
+
+    @jax.custom_jvp
+    def with_jvp(x, w):
+        return x * w.sum(), True
+
+    with_vjp.defvjp(lambda x, w: (with_vjp(x, w), (x, w)), lambda saved, ct: (ct[0], None))
+    with_jvp.defjvp(lambda xs, ts: (with_jvp(*xs), (ts[0], np.zeros((), jax.dtypes.float0))))
+    for f in (with_vjp, with_jvp):
+        for program in (f, lambda x, w, f=f: jax.grad(f, has_aux=True)(x, w)):
+            got, constant = eqq.implicit(program)(jnp.asarray(2.0), q)
+            want, _ = program(jnp.asarray(2.0), q.materialize())
+            np.testing.assert_allclose(got, want, rtol=1e-5)
+            assert bool(constant)
+
+
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+def test_batch_norm_in_training(q, mode):
+    norm = eqx.nn.BatchNorm(4, "batch", mode=mode)
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+
+    def program(w, x, state):
+        each = jax.vmap(lambda x: norm(w @ x, state), axis_name="batch", out_axes=(0, None))
+        return each(x)
+
+    got, state = eqx.filter_jit(eqq.implicit(program))(q, x, eqx.nn.State(norm))
+    want, expected = program(q.materialize(), x, eqx.nn.State(norm))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert eqx.tree_equal(state, expected, rtol=1e-4, atol=1e-5)

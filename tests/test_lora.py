@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_raises, small_mlp, train
+from jax.ad_checkpoint import checkpoint_name
 
 import eqquant as eqq
 from eqquant import lora, testing
@@ -118,6 +119,22 @@ def test_laws(law, mode):
     law = dataclasses.replace(law, ranks=tuple(rank for rank in law.ranks if rank > 1))
     max_examples = -(-hypothesis.settings().max_examples // 5)
     testing.check_law(law, adapted_arrays, mode, max_examples=max_examples)
+
+
+@each_base
+def test_a_factor_keeps_base_and_adapter_apart(base):
+    w = adapted_array(8, 16, base=base)
+    programs = [
+        lambda w: -w, lambda w: 2 * w, lambda w: w / 3, lambda w: w.T * 0.5,
+        lambda w: jax.lax.reduce_precision(w, 8, 23), lambda w: checkpoint_name(w, "weight"),
+    ]  # fmt: skip
+    for program in programs:
+        with eqq.strict():
+            got = eqq.implicit(program)(w)
+        assert isinstance(got, lora.AdaptedArray)
+        np.testing.assert_allclose(
+            got.materialize(), program(w.materialize()), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_what_has_no_adapted_form_is_dense_and_says_so():
@@ -227,6 +244,20 @@ def test_tied_weights_share_an_adapter():
     w = jnp.ones((8, 16))
     model = lora.add({"in": w, "out": w}, rank=2, key=jax.random.key(0))
     assert model["in"] is model["out"]
+
+
+@pytest.mark.parametrize("how", [None, eqq.Array8B.quantize], ids=["dense", "quantized again"])
+def test_tied_weights_stay_tied_through_dropout_and_merging(how):
+    weight = jax.random.normal(jax.random.key(0), (8, 16))
+    model = {"embedding": weight, "unembedding": weight}
+    adapted = lora.add(model, rank=2, dropout=0.5, key=jax.random.key(1))
+    hidden = lora.dropout(adapted, jax.random.key(2))
+    assert hidden["embedding"] is hidden["unembedding"]
+    for each in (adapted, hidden):
+        merged, errors = lora.merge(each, how)
+        assert merged["embedding"] is merged["unembedding"]
+        assert [row.path for row in errors.rows] == ["embedding"]
+    assert lora.base(adapted)["embedding"] is lora.base(adapted)["unembedding"] is weight
 
 
 @pytest.mark.parametrize(

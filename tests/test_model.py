@@ -83,6 +83,16 @@ def test_tied_weights_are_quantized_once(model):
     assert [row.path for row in eqq.report(model, q).rows].count("unembed") == 0
 
 
+def test_tied_weights_stay_tied(model):
+    q = eqq.quantize(model, {"embedding.weight": INT8, "unembed": eqq.Array8B.quantize})
+    assert q.embedding.weight is q.unembed  # a method that was looked up twice
+    rebuilt = eqx.combine(*eqx.partition(q, eqx.is_inexact_array))
+    for each in (q, rebuilt):
+        dense = eqq.materialize(each)
+        assert dense.embedding.weight is dense.unembed
+        assert "unembed" not in [row.path for row in eqq.report(model, each).rows]
+
+
 def test_quantizing_twice_and_materializing_give_the_model_back(model):
     q = eqq.quantize(model, INT8)
     assert eqx.tree_equal(eqq.quantize(q, INT8), q)

@@ -22,7 +22,7 @@ from .._array import QuantizedArray
 from .._compat import promote_types
 from .._daylight import report_materialized
 from .._dispatch import register, transparent
-from .._implicit_array import as_dense
+from .._implicit_array import as_dense, ImplicitArray
 from .._scaled import AbstractScaledArray, cast
 from .._transposed import ColumnMajor
 
@@ -105,8 +105,8 @@ def convert_element_type_scaled(
 
 
 @register(lax.reduce_precision_p)
-def reduce_precision_scaled(
-    primitive: Any, x: AbstractScaledArray, *, exponent_bits: int, mantissa_bits: int, **params: Any
+def reduce_precision_any(
+    primitive: Any, x: QuantizedArray, *, exponent_bits: int, mantissa_bits: int, **params: Any
 ) -> Any:
     """To the precision that `x` has: how `jax.checkpoint` marks what its policy saves."""
     dtype = jnp.finfo(x.dtype)
@@ -115,7 +115,7 @@ def reduce_precision_scaled(
 
 
 @register(*_ON_EACH_LEAF)
-def pass_through_scaled(primitive: Any, x: AbstractScaledArray, **params: Any) -> Any:
+def pass_through_any(primitive: Any, x: ImplicitArray, **params: Any) -> Any:
     """Primitives that do not look at values act on each leaf."""
     return jtu.tree_map(lambda leaf: _compat.bind(primitive, [leaf], params)[0], x)
 

@@ -21,7 +21,7 @@ from .. import tiles
 from .._array import QuantizedArray
 from .._dispatch import densify, register, transparent
 from .._scaled import AbstractScaledArray
-from ..tiles import constant_tile, each_along, Leaf, Tile, Unaligned, UNIT
+from ..tiles import as_index, constant_tile, each_along, Leaf, Tile, Unaligned, UNIT
 from .structural import leafwise
 
 
@@ -41,6 +41,7 @@ def gather_scaled(
     **params: Any,
 ) -> Any:
     """Gathers codes and scales alike, then decodes what was gathered."""
+    indices = as_index(indices)
     result = leafwise(x, lambda leaf: _gather(leaf, indices, dimension_numbers, slice_sizes))
     if result is NotImplemented:
         return NotImplemented
@@ -137,12 +138,12 @@ def dynamic_update_slice_scaled(
 
 def _updated(leaf: Leaf, new: Leaf, starts: Sequence[Array]) -> Leaf:
     begin = []
-    for axis, start in enumerate(starts):
+    for axis, start in enumerate(map(as_index, starts)):
         if new.shape[axis] == leaf.shape[axis] and (new.tiles[axis], new.array.shape[axis]) == (
             leaf.tiles[axis],
             leaf.array.shape[axis],
         ):
-            begin.append(0)
+            begin.append(jnp.zeros_like(start))
             continue
         leaf, new = (each_along(each, [axis]) for each in (leaf, new))
         begin.append(jnp.clip(start, 0, leaf.shape[axis] - new.shape[axis]))

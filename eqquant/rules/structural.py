@@ -50,24 +50,38 @@ def transpose_view(primitive: Any, x: TransposedView, *, permutation: Any, **par
     return TransposedView(array=x.array, permutation=permutation)  # pyright: ignore[reportCallIssue]
 
 
-@register(lax.transpose_p, lax.convert_element_type_p, lax.neg_p, "copy", "copy_p", "stop_gradient")
+_ON_STORED = (lax.convert_element_type_p, lax.neg_p, lax.mul_p, lax.div_p)
+
+
+@register(lax.transpose_p, *_ON_STORED)
 @transparent
-def as_view_column_major(primitive: Any, x: ColumnMajor, **params: Any) -> Any:
+def as_view_column_major(primitive: Any, *operands: ColumnMajor | Array, **params: Any) -> Any:
     """What a view of the stored array gives, and column-major again where that keeps the order."""
-    (y,) = apply(primitive, [x.view], params)
+    if (x := _alone(operands, ColumnMajor)) is None:
+        return NotImplemented
+    (y,) = apply(primitive, [x.view if each is x else each for each in operands], params)
     if isinstance(y, TransposedView) and y.permutation == x.view.permutation:
         return ColumnMajor(y.array)  # pyright: ignore[reportCallIssue]
     return y
 
 
-@register(lax.convert_element_type_p, lax.neg_p, "copy", "copy_p", "stop_gradient")
+@register(*_ON_STORED)
 @transparent
-def on_stored_view(primitive: Any, x: TransposedView, **params: Any) -> Any:
+def on_stored_view(primitive: Any, *operands: TransposedView | Array, **params: Any) -> Any:
     """Elementwise: on what is stored."""
-    (y,) = apply(primitive, [x.array], params)
+    if (x := _alone(operands, TransposedView)) is None:
+        return NotImplemented
+    (y,) = apply(primitive, [x.array if each is x else each for each in operands], params)
     if isinstance(y, AbstractScaledArray):
         return TransposedView(array=y, permutation=x.permutation)  # pyright: ignore[reportCallIssue]
     return lax.transpose(y, x.permutation)
+
+
+def _alone(operands: Sequence[Any], kind: type) -> Any:
+    """The one operand of this kind, if all others are scalars."""
+    found = [x for x in operands if isinstance(x, kind)]
+    others = [x for x in operands if not isinstance(x, kind)]
+    return found[0] if len(found) == 1 and not any(x.ndim for x in others) else None
 
 
 @register(lax.reshape_p)
