@@ -126,9 +126,12 @@ def serialise_filter_spec(f: Any, x: Any) -> None:
     if not isinstance(x, ImplicitArray):
         eqx.default_serialise_filter_spec(f, x)
         return
-    text = json.dumps(_describe(x)).encode()
+    leaves = jtu.tree_leaves(x)
+    if not leaves:  # all were taken away by eqx.filter
+        return
+    text = json.dumps(_describe(x), separators=(",", ":")).encode()
     f.write(_MAGIC + len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-    for leaf in jtu.tree_leaves(x):
+    for leaf in leaves:
         eqx.default_serialise_filter_spec(f, leaf)
 
 
@@ -170,7 +173,7 @@ def deserialise_filter_spec(f: Any, x: Any) -> Any:
         ```
     """
     if isinstance(x, ImplicitArray):
-        return _read_described(f, x)
+        return _read_described(f, x) if jtu.tree_leaves(x) else x
     if isinstance(x, jax.ShapeDtypeStruct) or eqx.is_array_like(x):
         return _read_numbers(f, x)
     return eqx.default_deserialise_filter_spec(f, x)
@@ -181,9 +184,6 @@ def deserialise_filter_spec(f: Any, x: Any) -> Any:
 
 def _describe(module: eqx.Module) -> Description:
     cls = type(module)
-    description: Description = {"class": _name(cls), "version": _version(cls)}
-    if isinstance(module, ImplicitArray):
-        description |= _logical(module)
     facts, leaves = {}, {}
     for field in dataclasses.fields(module):  # pyright: ignore[reportArgumentType]
         value, where = getattr(module, field.name), f"{cls.__name__}.{field.name}"
@@ -191,7 +191,9 @@ def _describe(module: eqx.Module) -> Description:
             facts[field.name] = _encoded(value, where)
         else:
             leaves[field.name] = _leaf_described(value, where)
-    return description | {"facts": facts, "leaves": leaves}
+    head = {"class": _name(cls), "version": _version(cls)}
+    logical = _logical(module) if isinstance(module, ImplicitArray) else {}
+    return {**head, **logical, "facts": facts, "leaves": leaves}
 
 
 def _logical(array: ImplicitArray) -> Description:
@@ -226,9 +228,7 @@ def _build(description: Description) -> Any:
         odd = min(stored.keys() ^ fields.keys())
         how = "does not have" if odd in fields else "has, and the class does not"
         raise ValueError(f"{_name(cls)}.{odd} is a field that this description {how}.")
-    module = object.__new__(
-        cls
-    )  # as JAX does when it unflattens: a constructor may take other arguments
+    module = object.__new__(cls)  # a constructor may take other arguments than the fields
     for name, field in fields.items():
         where = f"{cls.__name__}.{name}"
         value = _decoded(stored[name], where) if _is_static(field) else _leaf_built(stored[name])
@@ -378,13 +378,23 @@ def _read_described(f: Any, like: ImplicitArray) -> Any:
     # In the order of the file: fields may have changed places.
     expected, (leaves, treedef) = dict(_arrays(want)), jtu.tree_flatten(like)
     slots = dict(zip(expected, leaves, strict=True))
-    read = {name: _read_numbers(f, slots[name]) for name, _ in _arrays(found)}
-    for name, array in read.items():
-        if (got := _leaf_described(array, name)) != expected[name]:
+    read = {}
+    for name, leaf in _arrays(found):
+        array = _with_dtype(_read_numbers(f, slots[name]), leaf["dtype"])
+        read[name] = array if isinstance(slots[name], np.ndarray) else jnp.asarray(array)
+        if (got := _leaf_described(array, name)) != leaf:
             raise ValueError(
-                f"The file is damaged: it says that {name} is {expected[name]}, and has {got}."
+                f"The file is damaged: it says that {name} is {_shown(leaf)}, and has {_shown(got)}."
             )
     return jtu.tree_unflatten(treedef, [read[name] for name in expected])
+
+
+def _with_dtype(array: Any, name: str) -> Any:
+    """NumPy writes a dtype that it does not have, such as `float8_e4m3fn`, as bytes of its size."""
+    dtype = jnp.dtype(name)
+    if jnp.dtype(array.dtype).type is not np.void or array.dtype.itemsize != dtype.itemsize:
+        return array
+    return np.asarray(array).view(dtype)
 
 
 def _read_description(f: Any) -> Description:

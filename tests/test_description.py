@@ -1,5 +1,6 @@
 """Quantized arrays as plain data and back; and files that say what their numbers are."""
 
+import dataclasses
 import io
 import json
 import textwrap
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 from helpers import assert_raises, normal
 from hypothesis import given
@@ -61,6 +63,7 @@ def hollow(tree: Any) -> Any:
 
 
 def adapted(base: Any, **options: Any) -> Any:
+    """With an adapter, whose factors are 2 by its columns and its rows by 2."""
     return lora.add(base, key=jax.random.key(1), **{"rank": 2, "alpha": 4, **options})
 
 
@@ -170,6 +173,14 @@ def test_names_of_our_classes_are_their_own() -> None:
     assert len(set(found)) == len(found) > 10
 
 
+@dataclasses.dataclass(frozen=True)
+class OddCoding(Coding):
+    """Somebody else's codes, with a fact of their own."""
+
+    bits: int = 3
+    shift: float = 0.5
+
+
 class ArrayWithFact(eqq.QuantizedArray):
     """A number, as often as a fact says."""
 
@@ -184,7 +195,9 @@ class ArrayWithFact(eqq.QuantizedArray):
         return jnp.full(2, self.number)
 
 
-@pytest.mark.parametrize("fact", [None, True, -3, 0.1, "x", (), ((1,), ("y", None))])
+@pytest.mark.parametrize(
+    "fact", [None, True, -3, 0.1, "x", (), ((1,), ("y", None)), OddCoding(low=2)]
+)
 def test_facts(fact: Any) -> None:
     q = ArrayWithFact(jnp.ones(()), fact)
     assert eqq.describe(q)["class"] == f"{__name__}:ArrayWithFact"
@@ -257,6 +270,25 @@ def test_files(name: str) -> None:
     assert len(write(q).getvalue()) < q.nbytes + 4000
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+def test_files_of_small_dtypes(dtype: Any) -> None:
+    q = example("int8")
+    q = q.replace(scale=q.scale.astype(dtype))
+    for saved, like in ((q, q), (q, hollow(q)), (jax.device_get(q), q), (q, jax.device_get(q))):
+        loaded = read(write(saved), like)
+        assert isinstance(loaded.scale, np.ndarray) == isinstance(like.scale, np.ndarray)
+        assert_same(loaded, q)
+
+
+def test_files_of_a_state_of_training() -> None:
+    tree = (model(), optax.adam(1e-3).init(eqx.filter(model(), eqx.is_inexact_array)))
+    assert eqx.tree_equal(read(write(tree), hollow(tree)), tree)
+    masks = jtu.tree_map(lambda _: True, model())
+    with pytest.raises(RuntimeError) as caught:
+        write(masks)
+    assert "ArrayNF4.packed is True" in str(caught.value.__cause__.__cause__)  # pyright: ignore[reportOptionalMemberAccess]
+
+
 def model(seed: int = 0, how: Any = eqq.ArrayNF4.quantize) -> Any:
     return eqq.quantize(eqx.nn.MLP(64, 8, 70, 2, key=jax.random.key(seed)), how)
 
@@ -275,10 +307,11 @@ def test_a_model(tmp_path: Any) -> None:
 
 
 def test_adapters_alone() -> None:
-    full = adapted(model())
+    full = adapted(model(), paths="layers.1.weight")
     part = eqx.filter(full, lora.adapters(full))
     assert_same(read(write(part), part), part)
-    other = adapted(model(), alpha=8)
+    assert len(write(part).getvalue()) < 4 * 2 * (70 + 70) + 1024  # nothing about the other two
+    other = adapted(model(), paths="layers.1.weight", alpha=8)
     said = complaint(lambda: read(write(part), eqx.filter(other, lora.adapters(other))))
     assert said.startswith("The file has scale 2.0, this AdaptedArray 4.0")
 
