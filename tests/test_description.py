@@ -116,6 +116,24 @@ def test_every_legal_array_is_made_again(strategy: Any, data: st.DataObject) -> 
     assert eqq.describe(q)["shape"] == list(shape)
 
 
+@given(st.data())
+def test_a_file_is_read_by_what_is_alike_and_by_nothing_else(data: st.DataObject) -> None:
+    strategies = [*testing.FORMATS.values(), small_floats]
+    strategy = data.draw(st.sampled_from(strategies))
+    saved, like = (
+        data.draw(strategy((4, 6), data.draw(st.sampled_from(testing.DTYPES[:2]))))
+        for _ in range(2)
+    )
+
+    def kind(q: Any) -> Any:
+        return jtu.tree_structure(q), [(x.shape, x.dtype) for x in jtu.tree_leaves(q)]
+
+    if kind(saved) == kind(like):
+        assert_same(read(write(saved), like), saved)
+    else:
+        assert "The file has " in complaint(lambda: read(write(saved), like))
+
+
 def test_what_a_description_says() -> None:
     q = eqq.ArrayNF4.quantize(normal(4, 70), block_size=20)
     assert eqq.describe(q) == {
