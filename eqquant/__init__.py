@@ -10,6 +10,12 @@ from ._daylight import (
     on_materialize as on_materialize,
     strict as strict,
 )
+from ._description import (
+    describe as describe,
+    deserialise_filter_spec as deserialise_filter_spec,
+    from_description as from_description,
+    serialise_filter_spec as serialise_filter_spec,
+)
 from ._dispatch import register as register
 from ._implicit import Implicit as Implicit, implicit as implicit, is_implicit as is_implicit
 from ._implicit_array import (

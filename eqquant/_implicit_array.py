@@ -21,6 +21,9 @@ class ImplicitArray(eqx.Module):
     """Whether an operation that has no rule for this class warns before it materializes."""
     trained: ClassVar[tuple[str, ...]] = ()
     """The fields that [`trainable`][eqquant.trainable] selects."""
+    description_version: ClassVar[int] = 1
+    """What [`describe`][eqquant.describe] gives as `"version"`: raise it when equal leaves and facts come to mean
+    something else."""
 
     shape: eqx.AbstractVar[tuple[int, ...]]
     """The shape of the array this stands for."""

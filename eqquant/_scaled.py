@@ -57,6 +57,8 @@ class StoredFactor(eqx.Module):
 
     is_grouped: ClassVar[bool] = False
     """Whether the numbers are quantized in groups of their own: such an array cannot always be cut as its numbers are."""
+    description_version: ClassVar[int] = 1
+    """As that of an array."""
 
     def leaves(self, shape: tuple[int, ...], block_size: BlockSize) -> dict[str, Leaf]:
         """Its stored leaves. Raises `Unaligned` if it cannot be cut as the logical array is."""

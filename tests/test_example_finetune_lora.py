@@ -35,7 +35,8 @@ def test_main_trains_adapters_over_an_unchanged_base(example, capsys, tmp_path):
     before, after = map(int, re.search(r"mood: (\d+)% before, (\d+)% after", output).groups())
     assert before < after
     # 6 layers, 2 weights, factors of 384 x 8 in float32.
-    assert adapters.stat().st_size == pytest.approx(6 * 2 * 2 * 384 * 8 * 4, rel=0.02)
+    factors = 6 * 2 * 2 * 384 * 8 * 4
+    assert factors < adapters.stat().st_size < factors + 6 * 2 * 1024  # each says what it is
     weights = re.search(r"weights +([\d.]+) MB +([\d.]+) MB", output).groups()
     assert float(weights[0]) < float(weights[1]) / 7
     assert max(map(len, output.splitlines())) <= 80

@@ -44,9 +44,10 @@ MAY_IMPORT = {
     "_report": "_compat _array _implicit _model _table",
     "_audit": "_daylight _implicit _table",
     "lora": "_compat _array _dispatch _implicit _implicit_array _model _report",
+    "_description": "_implicit_array coding tiles",
     "_registry": "_transposed formats",
     "testing": "_array _daylight _implicit _model _registry _scaled formats testing tiles",
-    "__init__": "_array _audit _daylight _dispatch _implicit _implicit_array _matmul _model _report _scaled _training "
+    "__init__": "_array _audit _daylight _description _dispatch _implicit _implicit_array _matmul _model _report _scaled _training "
     "_transposed formats lora rules",
 }
 PRIVATE = re.compile(r"^(jax\._src|equinox\._|plum\._)")

@@ -173,7 +173,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     assert all(jtu.tree_leaves(unchanged)), "the base has changed"
     if args.save:
-        eqx.tree_serialise_leaves(args.save, eqx.filter(model, eqq.lora.adapters(model)))
+        adapters = eqx.filter(model, eqq.lora.adapters(model))
+        eqx.tree_serialise_leaves(
+            args.save, adapters, eqq.serialise_filter_spec, is_leaf=eqq.is_implicit
+        )
 
     table = Table(box=box.SIMPLE_HEAD)
     for column, justify in (
