@@ -90,7 +90,7 @@ def holds_for_matrices(condition: OfMatrix, product: Product, dtypes: Sequence[A
     x, w, found = product.x, product.w, []
     if product.accumulate != jnp.float32 or x.dtype not in dtypes or w.dtype not in dtypes:
         return False
-    if not 0 < x.size < 2**31 or not 0 < w.size < 2**31:
+    if not 0 < product.inputs < 2**31 or not 0 < w.size < 2**31:
         return False
 
     def of_matrix(x: Array, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> Array:

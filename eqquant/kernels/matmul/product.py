@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ..._scaled import AbstractScaledArray
@@ -13,8 +14,17 @@ from ...tiles import Packing
 from .axes import Axes
 
 
+MANY = 1 << 40
 DIGITS = 3
 """So many 8-bit digits say all of a number in float32."""
+
+
+def count(lengths: Iterable[Any]) -> int:
+    """How many elements axes of these lengths have, for choices: `MANY` if a length is a symbol, in a program that is
+    exported for all of them."""
+    lengths = tuple(lengths)
+    known = all(isinstance(n, (int, np.integer)) for n in lengths)
+    return math.prod(lengths) if known else MANY
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +46,12 @@ class Product:
     @property
     def rows(self) -> int:
         """How many rows each matrix of the batch is multiplied with."""
-        return math.prod(self.x.shape[axis] for axis in self.axes.x_free(self.x.ndim))
+        return count(self.x.shape[axis] for axis in self.axes.x_free(self.x.ndim))
+
+    @property
+    def inputs(self) -> int:
+        """How many elements `x` has."""
+        return count(self.x.shape)
 
     @property
     def outputs(self) -> int:

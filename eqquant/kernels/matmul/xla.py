@@ -60,7 +60,7 @@ def in_form(product: Product, form: Form) -> Array:
         between = (1,) * len(axes.x_free(x.ndim))
         outputs = factors.shape[len(batch) : len(batch) + len(free)]
         return y * factors.reshape(*batch, *between, *outputs)
-    if all(scale.is_constant_along(axis) for axis in free) and x.size <= w.size:
+    if all(scale.is_constant_along(axis) for axis in free) and product.inputs <= w.size:
         # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input,
         # unless that is the larger of the two.
         factors = to_elements(scale, (*axes.w_batch, *axes.w_contract)).astype(accumulate)
@@ -113,7 +113,7 @@ def _product(product: Product, scale: Leaf | None, operands: Any, form: Form) ->
     if scale is not None:
         scales = _scale_planes(scale, packing, repeated)
         planes = [v * s.astype(dtype) for v, s in zip(planes, scales, strict=True)]
-    apart = x.size <= w.size * FEW_INPUTS  # or side by side
+    apart = product.inputs <= w.size * FEW_INPUTS  # or side by side
     if axis in axes.w_contract:
         x_axis = axes.x_contract[axes.w_contract.index(axis)]
         parts = packing._replace(axis=x_axis - x.ndim).split(x)

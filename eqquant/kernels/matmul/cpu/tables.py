@@ -29,7 +29,7 @@ def supports(product: Product) -> bool:
     are constant along it or on whole tiles of the payload."""
     w, axes, packing, scale = product.w, product.axes, product.w.packing, product.w.scale_leaf
     return (
-        product.x.size > 0
+        product.inputs > 0
         and w.ndim >= 2
         and packing is not None
         and packing.axis == -w.ndim
