@@ -59,7 +59,7 @@ class Product:
         return math.prod(self.w.shape[axis] for axis in self.axes.w_free(self.w.ndim))
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[Any, ...]:
         """The shape of the result: batch axes, free axes of `x`, free axes of `w`."""
         x, w, axes = self.x, self.w, self.axes
         of_x = [*axes.x_batch, *axes.x_free(x.ndim)]
