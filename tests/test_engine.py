@@ -392,3 +392,23 @@ def test_batch_norm_in_training(q, mode):
     want, expected = program(q.materialize(), x, eqx.nn.State(norm))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     assert eqx.tree_equal(state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_of_random_numbers_in_a_batched_loop(q):
+    def program(w, keys):
+        def one(key):
+            def step(carry):
+                i, key, x, w = carry
+                key, own = jax.random.split(key)
+                return i + 1, key, x + jax.random.normal(own, (4,)) * (w @ jnp.ones(6)), w
+
+            until = jax.random.randint(key, (), 1, 4)
+            start = 0, key, jnp.zeros(4), w
+            return jax.lax.while_loop(lambda carry: carry[0] < until, step, start)[2]
+
+        return jax.vmap(one)(keys)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    np.testing.assert_allclose(
+        eqq.implicit(program)(q, keys), program(q.materialize(), keys), rtol=1e-4, atol=1e-5
+    )

@@ -34,7 +34,7 @@ from .._scaled import AbstractScaledArray
 def _structure(x: Any) -> Any:
     """What has to agree where two values meet: treedef, shapes and dtypes of the leaves."""
     leaves, treedef = jtu.tree_flatten(x)
-    return treedef, [(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves]
+    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _make_dense(primitive: Any, x: Any, where: str) -> Any:
