@@ -225,7 +225,7 @@ class QuantizedArray(ImplicitArray):
 
 def leaf_nbytes(leaf: Any) -> int:
     """Bytes of one stored array; sub-byte dtypes count as the bits they are."""
-    dtype = jnp.dtype(leaf.dtype)
+    dtype = leaf.dtype  # of random keys, it is none of NumPy
     if jnp.issubdtype(dtype, jnp.integer):
         bits = jnp.iinfo(dtype).bits
     elif jnp.issubdtype(dtype, jnp.floating):

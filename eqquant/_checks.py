@@ -37,7 +37,9 @@ def as_float_array(where: str, array: Any) -> Array:
 def as_floats(where: str, array: Any, dtype: Any) -> tuple[Array, np.dtype]:
     """The array that `where` is given, if it is one of floating-point numbers, and the dtype that it asks for or has."""
     array = as_float_array(where, array)
-    return array, check_dtype(f"{where}(dtype=...)", array.dtype if dtype is None else dtype)
+    dtype = check_dtype(f"{where}(dtype=...)", array.dtype if dtype is None else dtype)
+    # Numbers of 8 bits or fewer do not promote by themselves.
+    return array.astype(jnp.float32) if array.dtype.itemsize < 2 else array, dtype
 
 
 def check_dtype(where: str, dtype: Any, integers: bool = False) -> np.dtype:
@@ -108,11 +110,11 @@ def check_finite(where: str, array: Array, scale: Array) -> None:
 
 def inherit_sharding(quantized: _Scaled, array: Array) -> _Scaled:
     """`quantized`, split over devices as `array` is."""
-    if isinstance(array, Tracer) or not isinstance(array.sharding, NamedSharding):
+    # An array of NumPy has no sharding.
+    sharding = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
         return quantized
-    if len(array.sharding.device_set) == 1:
-        return quantized
-    return quantized.with_sharding(array.sharding)
+    return quantized.with_sharding(sharding)
 
 
 def check_choice(where: str, value: Any, choices: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from jax._src.sharding_impls import (
     ShardingContext as _ShardingContext,
     SPMDAxisContext as _SPMDAxisContext,
 )
+from jax._src.util import weakref_lru_cache as _weakref_lru_cache
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, primitives
 from jax.interpreters import ad, batching, mlir
 from plum._resolver import Resolver
@@ -59,9 +60,12 @@ __all__ = [
     "takes_triton",
     "tangent_dtype",
     "triton_without_warning",
+    "weakly_cached",
 ]
 
 apply_primitive = _dispatch.apply_primitive
+weakly_cached: Callable[..., Any] = _weakref_lru_cache
+"""Caches results as long as the first argument lives, if they do not hold it."""
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
@@ -71,16 +75,18 @@ def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
     JAX up to 0.11 has closed jaxprs (with constants) and open ones; from 0.12 there is one class.
     """
     consts = list(getattr(jaxpr, "consts", ()))
-    return _without_dead_equations(getattr(jaxpr, "jaxpr", jaxpr)), consts
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return _without_dead_equations(jaxpr) or jaxpr, consts
 
 
-@functools.lru_cache(maxsize=4096)
-def _without_dead_equations(jaxpr: Jaxpr) -> Jaxpr:
-    jaxpr = _partial_eval.convert_constvars_jaxpr(jaxpr)
+@_weakref_lru_cache
+def _without_dead_equations(jaxpr: Jaxpr) -> Jaxpr | None:
+    """None if all are live: then the result would hold the argument, which so would never die."""
+    inputs = _partial_eval.convert_constvars_jaxpr(jaxpr)
     live, _ = _partial_eval.dce_jaxpr(
-        jaxpr, [True] * len(jaxpr.outvars), instantiate=[True] * len(jaxpr.invars)
+        inputs, [True] * len(inputs.outvars), instantiate=[True] * len(inputs.invars)
     )
-    return live
+    return None if live is jaxpr else live
 
 
 def bind(primitive: Primitive, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:

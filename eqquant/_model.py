@@ -5,6 +5,7 @@ import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -28,7 +29,8 @@ def quantize(tree: Tree, how: How) -> Tree:
 
     **Arguments:**
 
-    - `tree`: an array, or any pytree: an Equinox model, a dictionary of weights, …
+    - `tree`: an array, or any pytree: an Equinox model, a dictionary of weights, … With `jax.ShapeDtypeStruct`s in
+        place of arrays (as `eqx.filter_eval_shape` makes them) the result has them, too: a skeleton to load into.
     - `how`: a format, such as `Array8B.quantize`, for every floating-point matrix (two axes or
         more, not counting axes of length 1) of the tree; or a mapping from patterns to formats. A pattern is matched, with
         `*`, `?` and `[...]` as in file names, against the path of a matrix, such as
@@ -36,8 +38,8 @@ def quantize(tree: Tree, how: How) -> Tree:
         that matches wins; the format None leaves a matrix dense, and so does no match. A path
         written out in full names any floating-point array, vectors included.
 
-    **Returns:** a tree of the same structure. Vectors, integers, functions and whatever is
-    quantized already stay as they are; arrays that occur twice (tied weights) are quantized once.
+    **Returns:** a tree of the same structure. Vectors, integers, functions, numbers of 8 bits or fewer, and whatever
+    is quantized already stay as they are; arrays that occur twice (tied weights) are quantized once.
 
     **Raises:** `ValueError` if a pattern matches no matrix; it lists the nearest paths.
 
@@ -124,6 +126,8 @@ def path_name(path: Any) -> str:
 
 def _apply_format(quantizer: Quantizer, leaf: Any, path: str) -> QuantizedArray | jax.Array:
     try:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return eqx.filter_eval_shape(quantizer, leaf)
         return quantizer(leaf)
     except (TypeError, ValueError) as error:
         if path:
@@ -136,12 +140,13 @@ def _is_array(x: Any) -> bool:
 
 
 def _is_matrix(x: Any) -> bool:
-    """Whether `x` has floating-point numbers along two axes: the bias of a convolution, of shape
-    (out, 1, 1), is a vector."""
-    return _is_float_array(x) and sum(n != 1 for n in x.shape) >= 2
+    """Whether `x` has floating-point numbers along two axes, of more than the 8 bits that they could be quantized to:
+    the bias of a convolution, of shape (out, 1, 1), is a vector."""
+    wide = is_float_array(x) and x.dtype.itemsize > 1
+    return wide and sum(n != 1 for n in x.shape) >= 2
 
 
-def _is_float_array(x: Any) -> bool:
+def is_float_array(x: Any) -> bool:
     return _is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
@@ -172,7 +177,7 @@ def _formats_by_path(tree: Any, how: How) -> dict[str, Quantizer]:
                 f"The format for {pattern!r} must be a function such as eqquant.Array8B.quantize, "
                 f"or None; it is {quantizer!r}."
             )
-        matches = [name for name, leaf in leaves if name == pattern and _is_float_array(leaf)]
+        matches = [name for name, leaf in leaves if name == pattern and is_float_array(leaf)]
         matches = matches or [name for name in matrices if _matches(pattern, name)]
         if not matches and every_pattern_must_match:
             raise ValueError(_no_match(pattern, matrices, leaves))

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -12,7 +11,7 @@ import jax.tree_util as jtu
 from ._array import leaf_nbytes, QuantizedArray
 from ._compat import promote_types
 from ._implicit import is_implicit
-from ._model import _apply_format, _formats_by_path, _is_array, How, identity, path_name
+from ._model import _is_array, How, identity, is_float_array, map_arrays, path_name, quantize
 from ._table import format_bytes, format_table
 
 
@@ -147,19 +146,16 @@ def plan(tree: Any, how: How) -> Report:
         print(eqq.plan(shapes, eqq.Array8B.quantize))
         ```
     """
-    quantizers = _formats_by_path(tree, how)
+
+    def shape_of(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_float_array(x) else x
+
+    planned = _arrays(quantize(map_arrays(shape_of, tree), how))
     rows, seen = [], set()
-    for name, x in _arrays(tree):
-        if identity(x) in seen:
-            continue
-        seen.add(identity(x))
-        q = x
-        if name in quantizers:
-            struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
-            q = eqx.filter_eval_shape(
-                lambda a, f=quantizers[name], n=name: _apply_format(f, a, n), struct
-            )
-        rows.append(_row(name, x, q, None))
+    for (name, x), (_, q) in zip(_arrays(tree), planned, strict=True):
+        if identity(q) not in seen:
+            seen.add(identity(q))
+            rows.append(_row(name, x, q, None))
     return Report(tuple(rows))
 
 

@@ -1,6 +1,8 @@
 """`register`, `implicit`, strict mode, warnings, `audit`, `ste`: the engine seen from outside."""
 
+import gc
 import warnings
+import weakref
 
 import equinox as eqx
 import jax
@@ -12,6 +14,7 @@ from jax import Array, lax
 
 import eqquant as eqq
 from eqquant import _compat, _dispatch
+from eqquant.rules import control_flow
 
 
 @pytest.fixture
@@ -392,3 +395,54 @@ def test_batch_norm_in_training(q, mode):
     want, expected = program(q.materialize(), x, eqx.nn.State(norm))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     assert eqx.tree_equal(state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_of_random_numbers_in_a_batched_loop(q):
+    def program(w, keys):
+        def one(key):
+            def step(carry):
+                i, key, x, w = carry
+                key, own = jax.random.split(key)
+                return i + 1, key, x + jax.random.normal(own, (4,)) * (w @ jnp.ones(6)), w
+
+            until = jax.random.randint(key, (), 1, 4)
+            start = 0, key, jnp.zeros(4), w
+            return jax.lax.while_loop(lambda carry: carry[0] < until, step, start)[2]
+
+        return jax.vmap(one)(keys)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    np.testing.assert_allclose(
+        eqq.implicit(program)(q, keys), program(q.materialize(), keys), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_was_compiled_dies_with_the_function(q):
+    class Constant:
+        """Seen by the function alone."""
+
+    def make():
+        constant, seen = Constant(), jax.random.normal(jax.random.key(3), (6,))
+        constant.value = seen
+
+        @jax.jit
+        def program(w):
+            return jax.jit(lambda w: w @ constant.value)(w) + 1
+
+        return program, weakref.ref(constant)
+
+    cached = control_flow._jitted.cache_info
+    gc.collect()
+    before = cached()
+    program, constant = make()
+    first = eqq.implicit(program)(q)
+    once = cached()
+    np.testing.assert_array_equal(eqq.implicit(program)(q), first)
+    twice = cached()
+    assert once.currsize > before.currsize
+    assert (twice.misses, twice.currsize) == (once.misses, once.currsize)
+    assert twice.hits > once.hits
+    del program
+    gc.collect()
+    assert constant() is None
+    assert cached().currsize <= before.currsize

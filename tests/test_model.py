@@ -169,3 +169,51 @@ def test_plan_says_the_same_and_allocates_nothing(model):
         assert a.sqnr_db is None
     huge = eqx.filter_eval_shape(eqx.nn.Linear, 10**6, 10**6, key=jax.random.key(0))
     assert eqq.plan(huge, INT8).rows[0].nbytes == 10**12 + 4 * 10**6
+
+
+def test_keys_of_random_numbers_are_arrays_of_a_model():
+    keys = jax.random.split(jax.random.key(0), (2, 3))
+    model = {"w": jnp.ones((4, 8)), "key": jax.random.key(0), "keys": keys}
+    q = eqq.quantize(model, INT8)
+    for report in (eqq.plan(model, INT8), eqq.report(model, q)):
+        rows = {row.path: row for row in report.rows}
+        assert (rows["keys"].format, rows["keys"].nbytes) == ("key<fry>", 6 * 8)
+        assert "key<fry>" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn])
+def test_numbers_of_few_bits_are_left_alone_but_where_named(dtype):
+    model = {"w": jnp.ones((4, 8)), "few": jnp.ones((4, 8), dtype)}
+    q = eqq.quantize(model, INT8)
+    assert q["few"] is model["few"] and isinstance(q["w"], eqq.Array8B)
+    assert [row.format for row in eqq.plan(model, INT8).rows] == [jnp.dtype(dtype).name, "Array8B"]
+    named = eqq.quantize(model, {"few": partial(INT8, dtype=jnp.float32)})
+    np.testing.assert_array_equal(named["few"].materialize(), 1)
+    with pytest.raises(TypeError, match="must be float16"):
+        eqq.quantize(model, {"few": INT8})
+
+
+def test_shapes_give_the_skeleton_of_what_would_be(model, tmp_path):
+    how = {"embedding.weight": None, "*.layers.*": eqq.ArrayNF4.quantize, "*": INT8}
+    shapes = eqx.filter_eval_shape(lambda model: model, model)
+    skeleton, q = eqq.quantize(shapes, how), eqq.quantize(model, how)
+    leaves, treedef = jtu.tree_flatten(skeleton)
+    assert treedef == jtu.tree_structure(q)
+    for shape, leaf in zip(leaves, jtu.tree_leaves(q), strict=True):
+        assert isinstance(shape, jax.ShapeDtypeStruct)
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+    assert skeleton.layers[0].weight.nbytes == q.layers[0].weight.nbytes
+    eqx.tree_serialise_leaves(tmp_path / "model", q)
+    assert eqx.tree_equal(eqx.tree_deserialise_leaves(tmp_path / "model", skeleton), q)
+    one = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    assert isinstance(eqq.quantize(one, INT8), eqq.Array8B)
+    assert eqq.plan(one, INT8).rows[0].nbytes == 4 * 8 + 4 * 4
+    with pytest.raises(ValueError, match="axis 5 is out of range") as caught:
+        eqq.quantize({"w": one}, partial(INT8, axis=5))
+    assert "while quantizing 'w'" in caught.value.__notes__
+
+
+@pytest.mark.parametrize("how", [INT8, eqq.ArrayNF4.quantize, eqq.ArrayFP8.quantize])
+def test_arrays_of_numpy(how):
+    w = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
+    assert eqx.tree_equal(eqq.quantize({"w": w}, how)["w"], how(jnp.asarray(w)))

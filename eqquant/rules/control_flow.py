@@ -13,6 +13,7 @@ emitted again through the public API of JAX, with quantized arrays as the pytree
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ from .._scaled import AbstractScaledArray
 def _structure(x: Any) -> Any:
     """What has to agree where two values meet: treedef, shapes and dtypes of the leaves."""
     leaves, treedef = jtu.tree_flatten(x)
-    return treedef, [(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves]
+    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _make_dense(primitive: Any, x: Any, where: str) -> Any:
@@ -65,7 +66,7 @@ def jit_any(primitive: Any, *operands: QuantizedArray | Array, **params: Any) ->
     return _jitted(*(params[key] for key in kept), options, tracing_state())(*operands)
 
 
-@functools.lru_cache(maxsize=256)
+@_compat.weakly_cached
 def _jitted(
     jaxpr: Any,
     name: str,
@@ -76,9 +77,11 @@ def _jitted(
     options: Sequence[Any],
     state: Any,  # tracing again in another state: to warn, to raise or to record
 ) -> Callable[..., list[Any]]:
+    traced = weakref.ref(jaxpr)  # what is compiled dies with it
+
     def body(*args: Any) -> list[Any]:
         placed = [_constrain(x, s) for x, s in zip(args, in_shardings, strict=True)]
-        out = evaluate(jaxpr, placed)
+        out = evaluate(traced(), placed)
         return [_constrain(x, s) for x, s in zip(out, out_shardings, strict=True)]
 
     body.__name__ = name
