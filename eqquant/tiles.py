@@ -99,7 +99,7 @@ class Packing(NamedTuple):
         """How many stored elements the axis has."""
         return -(-self.length // self.tile.size) * self.tile.stored
 
-    def check(self, shape: Sequence[int]) -> None:
+    def check(self, shape: Sequence[Any]) -> None:
         """Raises `ValueError` unless a payload of this shape can be packed so."""
         if -self.axis > len(shape) or shape[self.axis] != self.stored:
             raise ValueError(

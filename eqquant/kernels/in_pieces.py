@@ -24,7 +24,7 @@ def by_pieces(
     limit: int,
     x_axis: int | None,
     y_axis: int | None,
-    shape: Sequence[int],
+    shape: Sequence[Any],
     dtype: Any,
 ) -> Array:
     """`product(x, w)`, of this shape and dtype, from pieces of at most `limit` elements, cut along `axis`
@@ -59,7 +59,7 @@ def by_pieces(
     return put(y, product(x, w.moved(lambda leaf: reslice(leaf, axis, done, whole))), done)
 
 
-def zeros(operands: Any, shape: Sequence[int], dtype: Any) -> Array:
+def zeros(operands: Any, shape: Sequence[Any], dtype: Any) -> Array:
     """Zeros to sum up what comes of `operands`: inside `shard_map` they vary over the mesh as these do."""
     each = [lax.full_like(leaf, 0, dtype, shape) for leaf in jtu.tree_leaves(operands)]
     return functools.reduce(operator.add, each)
