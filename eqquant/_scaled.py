@@ -147,6 +147,11 @@ class AbstractScaledArray(QuantizedArray):
                     "offset, and products rely on that. Give it a `coding`, or override `plane`, `scale_leaf` or "
                     "`offset_leaf`; or derive from eqquant.QuantizedArray."
                 )
+        if {"scale_leaf", "offset_leaf"} & {*cls.__dict__} and cls.multiplied is None:
+            raise TypeError(
+                f"{cls.__name__} computes what products read in a way of its own. Say which of its fields are multiplied "
+                "when the array is, so that 2 * x is right: multiplied: ClassVar[tuple[str, ...]] = (...)."
+            )
         if "payload" not in cls.__dict__:
             return
         read = {cls.payload, cls.high_payload, *cls.factors, *cls.summands}
@@ -192,15 +197,11 @@ class AbstractScaledArray(QuantizedArray):
         codes = self.coding.unpack(stored, i, 1 if packing is None else packing.elements)
         if self.high_payload is None:
             return codes
-        stored, low_bits = (
-            getattr(self, self.high_payload),
-            self.coding.bits - self.coding.high_bits,
-        )
-        if packing is None:
+        stored, wide = getattr(self, self.high_payload), self._packing_of(self.high_payload)
+        if packing is None or wide is None:
             high = self.coding.unpack(stored, 0, 1, high=True)
         else:
             # A stored number of the second payload holds `ratio` times as many elements: this plane is as many of its.
-            wide = packing.of_high_bits(low_bits, self.coding.high_bits)
             ratio = wide.elements // packing.elements
             places = range(i * ratio, (i + 1) * ratio)
             parts = [
@@ -208,7 +209,7 @@ class AbstractScaledArray(QuantizedArray):
             ]
             in_plane = Tile(packing.tile.stored, wide.tile.stored)
             high = Packing(wide.axis, packing.stored, in_plane).merge(parts)
-        return codes | (high.astype(codes.dtype) << low_bits)
+        return codes | (high.astype(codes.dtype) << self.coding.low_bits)
 
     def encode(self: _Scaled, array: Any) -> _Scaled:
         """This scale and offset with other codes: those that are nearest to `array`.
@@ -245,14 +246,11 @@ class AbstractScaledArray(QuantizedArray):
 
     def _encoded(self, values: Array) -> dict[str, Array]:
         """The payloads that hold the codes nearest to these values."""
-        codes = self.coding.nearest(values)
-        planes = [codes] if self.packing is None else self.packing.split(codes)
-        changes = {self.payload: self.coding.pack(planes)}
-        if self.high_payload is not None:
-            if self.packing is not None:
-                low_bits = self.coding.bits - self.coding.high_bits
-                planes = self.packing.of_high_bits(low_bits, self.coding.high_bits).split(codes)
-            changes[self.high_payload] = self.coding.pack(planes, high=True)
+        codes, changes = self.coding.nearest(values), {}
+        for name in self.payloads:
+            packing = self._packing_of(name)
+            planes = [codes] if packing is None else packing.split(codes)
+            changes[name] = self.coding.pack(planes, high=name == self.high_payload)
         return changes
 
     # ---------------------------------------------------------------------- what products read
@@ -314,8 +312,7 @@ class AbstractScaledArray(QuantizedArray):
     def _packing_of(self, name: str) -> Packing | None:
         """How this one of the payloads is packed."""
         if name == self.high_payload and self.packing is not None:
-            bits, high = self.coding.bits, self.coding.high_bits
-            return self.packing.of_high_bits(bits - high, high)
+            return self.packing.of_high_bits(self.coding.low_bits, self.coding.high_bits)
         return self.packing
 
     def _block_size_of(self, name: str) -> BlockSize:
@@ -384,8 +381,7 @@ class AbstractScaledArray(QuantizedArray):
         if self.high_payload is not None:
             expected = packing
             if packing is not None:
-                bits, high = self.coding.bits, self.coding.high_bits
-                expected = packing.of_high_bits(bits - high, high)
+                expected = packing.of_high_bits(self.coding.low_bits, self.coding.high_bits)
             if packing_of(leaves[self.high_payload]) != expected:
                 raise Unaligned
         return {name: leaf.array for name, leaf in leaves.items()}

@@ -82,6 +82,11 @@ class Coding:
         return self.low, self.low + self.step * (2**self.bits - 1)
 
     @property
+    def low_bits(self) -> int:
+        """How many of the bits are stored in the first payload."""
+        return self.bits - self.high_bits
+
+    @property
     def largest(self) -> float:
         """The largest magnitude."""
         return float(max(map(abs, self.range)))
@@ -147,7 +152,7 @@ class Coding:
         of the second payload, which hold the high bits."""
         if self.signed:
             return stored
-        bits = self.high_bits if high else self.bits - self.high_bits
+        bits = self.high_bits if high else self.low_bits
         shift = bits * (place if self.first == "low" else elements - 1 - place)
         return (stored >> shift) & (2**bits - 1)
 
@@ -157,7 +162,7 @@ class Coding:
         if self.signed:
             (plane,) = planes
             return plane
-        low_bits = self.bits - self.high_bits
+        low_bits = self.low_bits
         bits = self.high_bits if high else low_bits
         dtype = jnp.uint8 if bits * len(planes) <= 8 else jnp.uint16
         places = range(len(planes)) if self.first == "low" else range(len(planes) - 1, -1, -1)

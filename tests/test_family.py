@@ -56,6 +56,15 @@ def test_a_field_that_nothing_reads_is_refused_when_the_class_is_made():
             block_size: ClassVar[None] = None
 
 
+def test_a_scale_or_offset_of_its_own_needs_to_say_what_is_multiplied():
+    with pytest.raises(TypeError, match=r"Zeroed computes.*2 \* x is right: multiplied"):
+
+        class Zeroed(eqq.ArrayInt4):
+            @property
+            def offset_leaf(self) -> Any:
+                return None
+
+
 def test_static_facts_and_class_variables_are_no_stored_fields():
     class Fine(eqq.AbstractScaledArray):
         codes: UInt8[Array, "..."]
