@@ -68,7 +68,7 @@ class Implicit(eqx.Module, Generic[P, R]):
         arrays = [leaves[i] for i in traced]
         jaxpr = jax.make_jaxpr(on_logical_arrays)(*map(_logical, arrays))
         with preferring(self.implementation, self.activations):
-            results = iter(evaluate(jaxpr, arrays))
+            results = map(as_array, evaluate(jaxpr, arrays))
         out_treedef, out_leaves = results_like
         return jtu.tree_unflatten(
             out_treedef, [next(results) if leaf is None else leaf for leaf in out_leaves]
@@ -128,7 +128,8 @@ def implicit(
 
 
 def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-    """The results of a jaxpr (open or closed) on arrays and implicit arrays.
+    """The results of a jaxpr (open or closed) on arrays and implicit arrays. Constants are as the jaxpr has them:
+    their value is known under tracing, too.
 
     Equations without an implicit operand are bound just as they are; the others go to
     [`apply`][eqquant._dispatch.apply].
@@ -151,7 +152,7 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         values.update(zip(eqn.outvars, results, strict=True))
         for var in {v for v in eqn.invars if _is_var(v) and last_use[v] == i} - kept:
             del values[var]
-    return [_as_result(read(atom)) for atom in jaxpr.outvars]
+    return [without_views(read(atom)) for atom in jaxpr.outvars]
 
 
 def _is_var(atom: Any) -> bool:
@@ -162,12 +163,10 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic, ImplicitArray))
 
 
-def _as_result(x: Any) -> Any:
-    """A result as an array: a constant of a jaxpr may be one of NumPy, or a Python number."""
-    if is_implicit(x):
-        return without_views(x)
-    given = isinstance(x, jax.Array) or getattr(x, "dtype", None) == jax.dtypes.float0
-    return x if given else jnp.asarray(x)
+def as_array(x: Any) -> Any:
+    """A result of `evaluate` as an array: a constant of a jaxpr may be one of NumPy, or a Python number."""
+    given = is_implicit(x) or isinstance(x, jax.Array)
+    return x if given or getattr(x, "dtype", None) == jax.dtypes.float0 else jnp.asarray(x)
 
 
 def _logical(x: Any) -> Any:
