@@ -38,7 +38,11 @@ def is_implicit(x: Any) -> bool:
 
 class Implicit(eqx.Module, Generic[P, R]):
     """A function, or module, that accepts quantized arrays. Made by
-    [`implicit`][eqquant.implicit]."""
+    [`implicit`][eqquant.implicit].
+
+    It has the attributes of a module: its methods, which accept quantized arrays likewise (`implicit(model).decode(x)` is
+    `implicit(model.decode)(x)`), and its fields and properties, just as they are.
+    """
 
     wrapped: Callable[P, R]
     """The original function; its own leaves may be quantized too."""
@@ -50,6 +54,16 @@ class Implicit(eqx.Module, Generic[P, R]):
     @property
     def __wrapped__(self) -> Callable[P, R]:
         return self.wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what this class does not have. Copying and pickling ask before there is a `wrapped`, and for special names.
+        wrapped = self.__dict__.get("wrapped")
+        if name.startswith("__") or not isinstance(wrapped, eqx.Module):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = getattr(wrapped, name)
+        if getattr(value, "__self__", None) is wrapped:
+            return Implicit(value, self.implementation, self.activations)
+        return value
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         leaves, treedef = jtu.tree_flatten((self.wrapped, args, kwargs), is_leaf=is_implicit)
@@ -99,7 +113,8 @@ def implicit(
     **Returns:** a module that is called as `f` is. It is a pytree that holds `f`:
     `eqx.filter_jit(implicit(model))(x)` passes the weights of `model` as arguments. (With
     `jax.jit(implicit(f))`, weights that `f` captures by closure become constants of the
-    compiled program, and XLA may store them unpacked.) A result is again a quantized array where
+    compiled program, and XLA may store them unpacked.) It has the methods of `f`, if `f` is a module: they accept
+    quantized arrays, too. A result is again a quantized array where
     `f` only rearranged one.
 
     Arrays are traced, as under `jax.jit`; Python numbers are not.
