@@ -38,7 +38,11 @@ def is_implicit(x: Any) -> bool:
 
 class Implicit(eqx.Module, Generic[P, R]):
     """A function, or module, that accepts quantized arrays. Made by
-    [`implicit`][eqquant.implicit]."""
+    [`implicit`][eqquant.implicit].
+
+    It has the attributes of a module: its methods, which accept quantized arrays likewise (`implicit(model).decode(x)` is
+    `implicit(model.decode)(x)`), and its fields and properties, just as they are.
+    """
 
     wrapped: Callable[P, R]
     """The original function; its own leaves may be quantized too."""
@@ -50,6 +54,16 @@ class Implicit(eqx.Module, Generic[P, R]):
     @property
     def __wrapped__(self) -> Callable[P, R]:
         return self.wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what this class does not have. Copying and pickling ask before there is a `wrapped`, and for special names.
+        wrapped = self.__dict__.get("wrapped")
+        if name.startswith("__") or not isinstance(wrapped, eqx.Module):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = getattr(wrapped, name)
+        if getattr(value, "__self__", None) is wrapped:
+            return Implicit(value, self.implementation, self.activations)
+        return value
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         leaves, treedef = jtu.tree_flatten((self.wrapped, args, kwargs), is_leaf=is_implicit)
@@ -68,7 +82,7 @@ class Implicit(eqx.Module, Generic[P, R]):
         arrays = [leaves[i] for i in traced]
         jaxpr = jax.make_jaxpr(on_logical_arrays)(*map(_logical, arrays))
         with preferring(self.implementation, self.activations):
-            results = iter(evaluate(jaxpr, arrays))
+            results = map(as_array, evaluate(jaxpr, arrays))
         out_treedef, out_leaves = results_like
         return jtu.tree_unflatten(
             out_treedef, [next(results) if leaf is None else leaf for leaf in out_leaves]
@@ -99,7 +113,8 @@ def implicit(
     **Returns:** a module that is called as `f` is. It is a pytree that holds `f`:
     `eqx.filter_jit(implicit(model))(x)` passes the weights of `model` as arguments. (With
     `jax.jit(implicit(f))`, weights that `f` captures by closure become constants of the
-    compiled program, and XLA may store them unpacked.) A result is again a quantized array where
+    compiled program, and XLA may store them unpacked.) It has the methods of `f`, if `f` is a module: they accept
+    quantized arrays, too. A result is again a quantized array where
     `f` only rearranged one.
 
     Arrays are traced, as under `jax.jit`; Python numbers are not.
@@ -128,7 +143,8 @@ def implicit(
 
 
 def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-    """The results of a jaxpr (open or closed) on arrays and implicit arrays.
+    """The results of a jaxpr (open or closed) on arrays and implicit arrays. Constants are as the jaxpr has them:
+    their value is known under tracing, too.
 
     Equations without an implicit operand are bound just as they are; the others go to
     [`apply`][eqquant._dispatch.apply].
@@ -151,7 +167,7 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         values.update(zip(eqn.outvars, results, strict=True))
         for var in {v for v in eqn.invars if _is_var(v) and last_use[v] == i} - kept:
             del values[var]
-    return [_as_result(read(atom)) for atom in jaxpr.outvars]
+    return [without_views(read(atom)) for atom in jaxpr.outvars]
 
 
 def _is_var(atom: Any) -> bool:
@@ -162,12 +178,10 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic, ImplicitArray))
 
 
-def _as_result(x: Any) -> Any:
-    """A result as an array: a constant of a jaxpr may be one of NumPy, or a Python number."""
-    if is_implicit(x):
-        return without_views(x)
-    given = isinstance(x, jax.Array) or getattr(x, "dtype", None) == jax.dtypes.float0
-    return x if given else jnp.asarray(x)
+def as_array(x: Any) -> Any:
+    """A result of `evaluate` as an array: a constant of a jaxpr may be one of NumPy, or a Python number."""
+    given = is_implicit(x) or isinstance(x, jax.Array)
+    return x if given or getattr(x, "dtype", None) == jax.dtypes.float0 else jnp.asarray(x)
 
 
 def _logical(x: Any) -> Any:

@@ -81,3 +81,25 @@ def test_bfloat16_in_every_layout(x_axes, w_axes):
         np.testing.assert_allclose(
             np.asarray(jax.jit(f)(x, w), np.float64), want, rtol=0.05, atol=0.05
         )
+
+
+HALVES = [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float32]
+
+
+@pytest.mark.parametrize("x_dtype", HALVES, ids=jnp.dtype)
+@pytest.mark.parametrize("w_dtype", [jnp.bfloat16, jnp.float16], ids=jnp.dtype)
+def test_the_dtype_of_a_product_is_that_of_jax(x_dtype, w_dtype):
+    w = eqq.Array8B.quantize(jax.random.normal(jax.random.key(0), (8, 8)), dtype=w_dtype)
+    x = jax.random.normal(jax.random.key(1), (3, 8)).astype(x_dtype)
+    programs = [
+        lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))),
+        lambda x, w: jax.lax.dot_general(w, x, (((1,), (1,)), ((), ()))),
+        lambda x, w: jax.lax.dot_general(x, jax.lax.transpose(w, (1, 0)), (((1,), (0,)), ((), ()))),
+        lambda x, w: jax.lax.ragged_dot(x, jax.lax.reshape(w, (1, 8, 8)), jnp.asarray([3])),
+    ]
+    for program in programs:
+        got, want = eqq.implicit(program)(x, w), program(x, w.materialize())
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=0.02, atol=0.06)
+        gradient = jax.grad(lambda x: jnp.sum(eqq.implicit(program)(x, w).astype(jnp.float32)))  # noqa: B023
+        assert gradient(x).dtype == x.dtype

@@ -1,8 +1,12 @@
 """`quantize`, `materialize`, `plan` and `report` on trees."""
 
+import copy
+import dataclasses
 import json
 import math
+import pickle
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -217,3 +221,63 @@ def test_shapes_give_the_skeleton_of_what_would_be(model, tmp_path):
 def test_arrays_of_numpy(how):
     w = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
     assert eqx.tree_equal(eqq.quantize({"w": w}, how)["w"], how(jnp.asarray(w)))
+
+
+class Decoder(eqx.Module):
+    """A model with more than one method, as libraries of language models have them."""
+
+    layer: eqx.nn.Linear
+    size: int = eqx.field(static=True)
+
+    def init_cache(self, batch: int) -> jax.Array:
+        return jnp.zeros((batch, self.size))
+
+    def decode(
+        self, x: jax.Array, cache: jax.Array, scale: float = 1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        y = jnp.einsum("bi,oi->bo", x, self.layer.weight) * scale
+        return y, cache + y
+
+    @property
+    def width(self) -> int:
+        return self.layer.weight.shape[1]
+
+    @classmethod
+    def make(cls) -> "Decoder":
+        return cls(eqx.nn.Linear(8, 4, key=jax.random.key(0)), 4)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.decode(x, self.init_cache(x.shape[0]))[0]
+
+
+def test_methods_of_an_implicit_model_are_implicit():
+    model = eqq.quantize(Decoder.make(), eqq.Array8B.quantize)
+    run, x = eqq.implicit(model, implementation="reference"), jnp.ones((2, 8))
+
+    def generate(model: Any, x: jax.Array) -> jax.Array:  # knows nothing of quantized arrays
+        cache = model.init_cache(x.shape[0])
+        for _ in range(2):
+            y, cache = model.decode(x, cache, scale=0.5)
+        return y + cache
+
+    dense = eqq.materialize(model)
+    with eqq.strict():
+        for each in (
+            run,
+            copy.copy(run),
+            pickle.loads(pickle.dumps(run)),
+            jax.tree.map(lambda x: x, run),
+        ):
+            for how in (generate, eqx.filter_jit(generate)):
+                np.testing.assert_allclose(how(each, x), generate(dense, x), rtol=1e-5)
+        np.testing.assert_allclose(run(x), dense(x), rtol=1e-5)
+    assert run.decode.implementation == "reference"
+    assert run.layer is model.layer and (run.size, run.width) == (4, 8)
+    assert eqx.tree_equal(run.make(), Decoder.make())
+    assert [field.name for field in dataclasses.fields(run)] == [
+        "wrapped", "implementation", "activations",
+    ]  # fmt: skip
+    for missing in (run, eqq.implicit(generate)):
+        with pytest.raises(AttributeError, match="has no attribute 'missing'"):
+            missing.missing  # noqa: B018
+    assert not hasattr(eqq.implicit(generate), "__jax_array__")

@@ -1,15 +1,16 @@
 """The product `quantized_dot_general`, and its primitive."""
 
+import functools
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax import Array, lax
 
 from .. import _compat
-from .._compat import promote_types
 from .._daylight import note_kernel
 from .._dispatch import preferred_activations, preferred_implementation
 from .._scaled import AbstractScaledArray
@@ -68,8 +69,10 @@ def quantized_dot_general(
         ```
     """
     if preferred_element_type is None:
-        preferred_element_type = promote_types(x.dtype, w.dtype)
+        preferred_element_type = product_dtype(x.dtype, w.dtype)
     axes, dtype = Axes.of(dimension_numbers), jnp.dtype(preferred_element_type)
+    if x.dtype.itemsize < 2:  # they do not promote by themselves
+        x = x.astype(jnp.float32)
     asked = (activations, preferred_activations(), w.activations)
     x, digits = rounded(x, w, axes, next(one for one in asked if one is not None))
     preferred, implementation = map(check_name, (preferred_implementation(), implementation))
@@ -87,6 +90,16 @@ def quantized_dot_general(
         return jax.checkpoint(partial(_explicit, call, out_sharding))(x, w)
     note_kernel(lambda platform: implementation or choose(product, Target(platform), preferred))
     return bind(quantized_dot_general_p, x, w, **call._asdict())
+
+
+@functools.cache
+def product_dtype(x: Any, w: Any) -> np.dtype:
+    """The dtype of a product of arrays of these dtypes, as `lax.dot_general` has it: of bfloat16 with float16 it is
+    bfloat16, where NumPy's rules would say float32."""
+    x, w = (jax.ShapeDtypeStruct((1,), dtype) for dtype in (x, w))
+    return jax.eval_shape(
+        partial(lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ()))), x, w
+    ).dtype
 
 
 class Call(NamedTuple):

@@ -9,7 +9,7 @@ from jax import Array, lax
 from .._compat import promote_types
 from .._scaled import AbstractScaledArray
 from ..tiles import as_index, dynamic_slice, remove_axis
-from .dot_general import quantized_dot_general
+from .dot_general import product_dtype, quantized_dot_general
 
 
 def quantized_ragged_dot(
@@ -42,7 +42,7 @@ def quantized_ragged_dot(
         assert y.shape == (5, 3)
         ```
     """
-    out_dtype = preferred_element_type or promote_types(x.dtype, w.dtype)
+    out_dtype = jnp.dtype(preferred_element_type or product_dtype(x.dtype, w.dtype))
     accumulate = promote_types(out_dtype, jnp.float32)
     group_sizes = as_index(group_sizes)
     rows, ends = jnp.arange(x.shape[0]), jnp.cumsum(group_sizes)

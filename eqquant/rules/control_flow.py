@@ -27,7 +27,7 @@ from .. import _compat, _sharding
 from .._array import QuantizedArray
 from .._daylight import recording, report_materialized
 from .._dispatch import register, tracing_state, transparent
-from .._implicit import evaluate, implicit, is_implicit
+from .._implicit import as_array, evaluate, implicit, is_implicit
 from .._implicit_array import as_dense, in_row_major
 from .._scaled import AbstractScaledArray
 
@@ -45,7 +45,7 @@ def _make_dense(primitive: Any, x: Any, where: str) -> Any:
 
 
 def _dense_outputs(primitive: Any, outputs: Sequence[Any]) -> list[Any]:
-    return [_make_dense(primitive, x, "an output") for x in outputs]
+    return [as_array(_make_dense(primitive, x, "an output")) for x in outputs]
 
 
 def _abstract(f: Callable[..., Any], *args: Any) -> Any:
