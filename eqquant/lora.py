@@ -312,7 +312,7 @@ def _by_scalar(primitive: Any, x: AdaptedArray, scalar: Array, params: dict[str,
     # (W + s B A) c = W c + s (B c) A.
     if scalar.ndim or x.casts or scalar.dtype != x.dtype or params.get("out_dtype") is not None:
         return NotImplemented
-    b = x.b.astype(jnp.promote_types(x.b.dtype, jnp.float32))
+    b = x.b.astype(promote_types(x.b.dtype, jnp.float32))
     base = _one(primitive, x.base, scalar, **params)
     return x.replace(base=base, b=primitive.bind(b, scalar.astype(b.dtype), **params))
 

@@ -72,7 +72,7 @@ def scale_spec(q: eqq.Array8B, names: Any) -> tuple[Any, ...]:
 
 
 def assert_close(got: Any, want: Any, terms: int = COLUMNS, magnitude: float = 20.0) -> None:
-    got, want = np.asarray(got), np.asarray(want)
+    got, want = np.asarray(eqq.materialize(got)), np.asarray(eqq.materialize(want))
     assert got.shape == want.shape
     assert np.abs(got - want).max() <= terms * np.finfo(np.float32).eps * magnitude
 

@@ -107,11 +107,11 @@ def want(q: Any, names: Any) -> dict[str, Any]:
 
 
 def assert_same(got: Any, expected: Any) -> None:
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+    np.testing.assert_array_equal(eqq.materialize(got), eqq.materialize(expected))
 
 
 def assert_close(got: Any, expected: Any, terms: int = COLUMNS, magnitude: float = 20.0) -> None:
-    got, expected = np.asarray(got), np.asarray(expected)
+    got, expected = np.asarray(eqq.materialize(got)), np.asarray(eqq.materialize(expected))
     assert got.shape == expected.shape
     assert np.abs(got - expected).max() <= terms * np.finfo(np.float32).eps * magnitude
 
