@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -33,6 +34,27 @@ def _reflected(function: Callable[..., Any]) -> Callable[..., Any]:
         return implicit(function)(other, self)
 
     return method
+
+
+def _method(name: str) -> Callable[..., Any]:
+    """The method of this name that an array has, by the rules."""
+
+    def method(self: "QuantizedArray", *args: Any, **kwargs: Any) -> Any:
+        # Only quantized arguments are traced: axes, lengths and the like have to be known.
+        quantized, others = eqx.partition((args, kwargs), _is_implicit, is_leaf=_is_implicit)
+
+        def call(x: Any, quantized: Any) -> Any:
+            args, kwargs = eqx.combine(quantized, others)
+            return getattr(x, name)(*args, **kwargs)
+
+        return implicit(call)(self, quantized)
+
+    method.__name__, method.__doc__ = name, f"As `jax.Array.{name}`."
+    return method
+
+
+def _is_implicit(x: Any) -> bool:
+    return isinstance(x, ImplicitArray)
 
 
 def _is_operand(x: Any) -> bool:
@@ -129,6 +151,12 @@ class QuantizedArray(ImplicitArray):
     __matmul__, __rmatmul__ = _operator(operator.matmul), _reflected(operator.matmul)
     __neg__, __pos__, __abs__ = _operator(operator.neg), _operator(operator.pos), _operator(abs)
     __round__ = _operator(jnp.round)
+    __and__, __rand__ = _operator(operator.and_), _reflected(operator.and_)
+    __or__, __ror__ = _operator(operator.or_), _reflected(operator.or_)
+    __xor__, __rxor__ = _operator(operator.xor), _reflected(operator.xor)
+    __lshift__, __rlshift__ = _operator(operator.lshift), _reflected(operator.lshift)
+    __rshift__, __rrshift__ = _operator(operator.rshift), _reflected(operator.rshift)
+    __invert__ = _operator(operator.invert)
     __lt__, __le__ = _operator(operator.lt), _operator(operator.le)
     __gt__, __ge__ = _operator(operator.gt), _operator(operator.ge)
     __eq__ = _operator(operator.eq)  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
@@ -147,6 +175,9 @@ class QuantizedArray(ImplicitArray):
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
+
+    def __contains__(self, x: Any) -> bool:
+        return bool((self == x).any())
 
     def __bool__(self) -> bool:
         return bool(self.materialize())
@@ -221,6 +252,63 @@ class QuantizedArray(ImplicitArray):
     def min(self, axis: Any = None, **kwargs: Any) -> Any:
         """As `jax.Array.min`."""
         return implicit(lambda x: x.min(axis, **kwargs))(self)
+
+    flatten, copy, take, repeat = map(_method, ("flatten", "copy", "take", "repeat"))
+    diagonal, trace, prod, std = map(_method, ("diagonal", "trace", "prod", "std"))
+    var, ptp = map(_method, ("var", "ptp"))
+    argmax, argmin, all, any = map(_method, ("argmax", "argmin", "all", "any"))
+    cumsum, cumprod, sort, argsort = map(_method, ("cumsum", "cumprod", "sort", "argsort"))
+    argpartition, searchsorted = map(_method, ("argpartition", "searchsorted"))
+    clip, round, conj, conjugate = map(_method, ("clip", "round", "conj", "conjugate"))
+
+    @property
+    def real(self) -> Any:
+        """The real part."""
+        return implicit(lambda x: x.real)(self)
+
+    @property
+    def imag(self) -> Any:
+        """The imaginary part."""
+        return implicit(lambda x: x.imag)(self)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the dense array."""
+        return jnp.dtype(self.dtype).itemsize
+
+    def nonzero(self, **kwargs: Any) -> tuple[Array, ...]:
+        """As `jax.Array.nonzero`, of the dense array: how many there are depends on all values."""
+        report_materialized("nonzero", [self])
+        return self.materialize().nonzero(**kwargs)
+
+    def compress(self, *args: Any, **kwargs: Any) -> Array:
+        """As `jax.Array.compress`, of the dense array, likewise."""
+        report_materialized("compress", [self])
+        return self.materialize().compress(*args, **kwargs)
+
+    def item(self, *args: Any) -> bool | int | float | complex:
+        """As `jax.Array.item`."""
+        return self.materialize().item(*args)
+
+    def tolist(self) -> Any:
+        """The dense array as a number, or as lists of numbers."""
+        return self.materialize().tolist()
+
+    def block_until_ready(self) -> "QuantizedArray":
+        """Waits until all stored leaves are computed."""
+        return jax.block_until_ready(self)
+
+    def copy_to_host_async(self) -> None:
+        """Starts to copy the stored leaves to the host."""
+        jax.copy_to_host_async(self)
+
+    def devices(self) -> set[Any]:
+        """The devices on which the stored leaves lie."""
+        return set().union(*(leaf.devices() for leaf in jtu.tree_leaves(self)))
+
+    def is_deleted(self) -> bool:
+        """Whether a stored leaf was deleted."""
+        return True in [leaf.is_deleted() for leaf in jtu.tree_leaves(self)]
 
 
 def leaf_nbytes(leaf: Any) -> int:

@@ -133,7 +133,7 @@ def add(
     weights. Weights that occur twice share an adapter.
 
     **Raises:** `ValueError` if a pattern matches nothing (it lists the nearest paths), or an argument is
-    out of range.
+    out of range: `rank` is if it is above both sides of a weight.
 
     !!! example
 
@@ -167,6 +167,12 @@ def add(
         tie = identity(weight)
         if tie not in done:
             *batch, out, inner = weight.shape
+            if rank > max(out, inner):
+                raise ValueError(
+                    f"rank must not be above both sides of a weight; lora.add(..., rank={rank}) was given {rank}, and "
+                    f"{name!r} has the shape {tuple(weight.shape)}. Choose a smaller one, or leave this weight out of "
+                    "paths."
+                )
             own = jax.random.fold_in(key, len(done))
             bound = inner**-0.5
             a = jax.random.uniform(own, (*batch, rank, inner), dtype, -bound, bound)

@@ -272,3 +272,61 @@ def test_programs_may_forbid_promotion(name, dtype):
             q.astype(jnp.float32).materialize(),
             eqq.report(w, q),
         )
+
+
+# --------------------------------------------------------------------- what a `jax.Array` has
+
+
+METHODS = {
+    "flatten": (), "copy": (), "take": (np.array([1, 0]), 0), "repeat": (2, 0), "diagonal": (),
+    "trace": (), "compress": (np.array([True, False, True, False]), 0), "prod": (1,), "std": (),
+    "var": (0,), "ptp": (1,), "argmax": (1,), "argmin": (), "all": (), "any": (0,), "cumsum": (1,),
+    "cumprod": (0,), "sort": (), "argsort": (0,), "argpartition": (2,), "clip": (-0.5, 0.5),
+    "round": (1,), "conj": (), "conjugate": (), "nonzero": (), "tolist": (), "item": (3,),
+}  # fmt: skip
+LEFT_OUT = {
+    "bits of the dense array, which is nowhere": "view byteswap",
+    "of arrays of integers": "choose",
+    "an iterator over the dense array; `flatten` gives an array": "flat",
+    "as the shards of each stored leaf": "addressable_data addressable_shards global_shards",
+    "as `sharding` says": "device committed is_fully_addressable is_fully_replicated to_device",
+    "its functions would make it dense": "__array_namespace__",
+    "as every pytree is copied": "__copy__ __deepcopy__",
+    "raises, as it should": "__setitem__",
+    "a field": "dtype",
+    "private": "__numpy_dtype__ _multi_slice _split",
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_of_arrays(name, q, dense):
+    with eqq.on_materialize("ignore"):
+        got = getattr(q, name)(*METHODS[name])
+    want = getattr(dense, name)(*METHODS[name])
+    for x, y in zip(jtu.tree_leaves(eqq.materialize(got)), jtu.tree_leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+        assert np.asarray(x).dtype == np.asarray(y).dtype
+
+
+def test_methods_stay_packed_where_they_can(q, dense):
+    with eqq.strict():
+        assert all(isinstance(x, eqq.Array8B) for x in (q.copy(), q.flatten(), q.real))
+        np.testing.assert_array_equal(q.take(jnp.array([2, 0]), axis=0), dense[jnp.array([2, 0])])
+    with eqq.on_materialize("ignore"):
+        np.testing.assert_array_equal(q.clip(-q, max=jnp.ones(6)), dense.clip(-dense, 1))
+        np.testing.assert_array_equal(q.imag, 0)
+        assert float(dense[1, 2]) in q and 100.0 not in q
+        flags = eqq.Array8B.quantize(jnp.ones((2, 2))).astype(int)
+        np.testing.assert_array_equal(flags ^ 3, 2)
+        with pytest.raises(TypeError, match="does not accept dtype float32"):
+            q & q
+    assert q.block_until_ready() is not None and q.copy_to_host_async() is None
+    assert q.devices() == dense.devices() and q.itemsize == 4 and not q.is_deleted()
+    other = jax.tree.map(jnp.copy, q)
+    other.delete()
+    assert other.is_deleted()
+
+
+def test_what_an_array_has_and_this_has_not_is_left_out_on_purpose():
+    missing = set(dir(jax.Array)) - set(dir(eqq.Array8B))
+    assert missing - set(" ".join(LEFT_OUT.values()).split()) == set()

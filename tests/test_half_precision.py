@@ -55,7 +55,10 @@ def test_half_precision_is_multiplied_where_that_loses_nothing(
     dots = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
     assert dots and all(f"x{operands}>, tensor" in line and line.endswith("xf32>") for line in dots)
     y = lowered.compile()(x, w)
-    x64, w64 = (np.asarray(eqq.materialize(a), np.float64) for a in (x, w.replace(dtype=jnp.dtype("float32"))))
+    x64, w64 = (
+        np.asarray(eqq.materialize(a), np.float64)
+        for a in (x, w.replace(dtype=jnp.dtype("float32")))
+    )
     # Integers are as exact as sums in float32; other values have as many digits as the weight.
     eps = (80 + 4) * float(jnp.finfo(jnp.float32).eps)
     eps += 0 if w.integers else float(jnp.finfo(w_dtype).eps)
@@ -77,7 +80,9 @@ def test_bfloat16_in_every_layout(x_axes, w_axes):
     for out in outs[:: 1 + len(outs) // 3]:
         equation = f"{x_axes},{w_axes}->{''.join(out)}"
         f = eqq.implicit(lambda x, w: jnp.einsum(equation, jnp.sin(x), w))  # noqa: B023
-        want = np.einsum(equation, *(np.asarray(eqq.materialize(a), np.float64) for a in (jnp.sin(x), w)))
+        want = np.einsum(
+            equation, *(np.asarray(eqq.materialize(a), np.float64) for a in (jnp.sin(x), w))
+        )
         np.testing.assert_allclose(
             np.asarray(jax.jit(f)(x, w), np.float64), want, rtol=0.05, atol=0.05
         )

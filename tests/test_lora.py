@@ -264,6 +264,10 @@ def test_tied_weights_stay_tied_through_dropout_and_merging(how):
     ("make", "words"),
     [
         (lambda: lora.add(small_mlp(), rank=0, key=jax.random.key(0)), ["rank", "rank=0"]),
+        (
+            lambda: lora.add({"w": jnp.ones((3, 5))}, rank=6, key=jax.random.key(0)),
+            ["rank", "rank=6", "both sides", "'w'", "(3, 5)"],
+        ),
         (lambda: lora.add(small_mlp(), dropout=1.0, key=jax.random.key(0)), ["dropout", "1.0"]),
         (
             lambda: lora.add(eqq.quantize(small_mlp(), BASES["nf4 double"]), "layer.*", key=jax.random.key(0)),
