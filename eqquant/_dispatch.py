@@ -122,7 +122,10 @@ def resolve(primitive: Primitive, *operand_types: type) -> tuple[_Rule, ...]:
     key = (primitive, *operand_types)
     if key not in _resolved:
         row = [t if issubclass(t, ImplicitArray) else _Dense for t in operand_types]
-        _resolved[key] = _chain(primitive, plum.Signature(*row))
+        none = all(
+            each is _Dense for each in row
+        )  # all are ordinary arrays: nothing to do for a rule
+        _resolved[key] = () if none else _chain(primitive, plum.Signature(*row))
     return _resolved[key]
 
 

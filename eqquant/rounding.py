@@ -8,7 +8,6 @@ import numpy as np
 from jax import Array, lax
 
 from . import _sharding
-from ._compat import promote_types
 from .coding import Coding
 from .tiles import BlockSize, Packing, Tile
 
@@ -67,7 +66,9 @@ def zero_or_nan(x: Array, axes: tuple[int, ...]) -> Array:
 
     if _sharding.is_explicit(x):
         return look(x)
-    total = jnp.sum(x, axis=axes, keepdims=True, dtype=promote_types(x.dtype, jnp.float32))
+    # In the dtype of `x`: sums in float32 would make XLA write a copy of it.
+    total = lax.reduce(x, jnp.zeros((), x.dtype), lax.add, tuple(a % x.ndim for a in axes))
+    total = lax.expand_dims(total, tuple(a % x.ndim for a in axes))
     nothing = lambda x: jnp.zeros_like(total, x.dtype)  # noqa: E731
     return lax.cond(jnp.all(jnp.isfinite(total)), nothing, look, x)
 

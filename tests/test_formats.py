@@ -26,7 +26,7 @@ def test_padding_is_never_visible(name, shape):
     x = normal(*shape)
     q = QUANTIZERS[name](x)
     assert (q.shape, q.ndim, q.size, q.dtype) == (x.shape, x.ndim, x.size, x.dtype)
-    assert q.materialize().shape == np.asarray(q).shape == shape
+    assert q.materialize().shape == shape
     assert q.T.shape == x.T.shape
     assert f"{list(shape)}".replace(" ", "") in repr(q)
 
