@@ -43,6 +43,8 @@ FORMATS = {
     "nf4 double": LAYOUTS["nf4 double"],
     "nf4 along the first axis": partial(LAYOUTS["nf4"], axis=0, block_size=32),
     "nf4 in odd blocks": partial(LAYOUTS["nf4"], block_size=50),
+    "int4": LAYOUTS["int4"],
+    "nvfp4": LAYOUTS["nvfp4"],
     "int8": LAYOUTS["int8"],
     "int8 in blocks": partial(LAYOUTS["int8"], block_size=32),
     "int8 in odd blocks": partial(LAYOUTS["int8"], block_size=10, axis=0),
