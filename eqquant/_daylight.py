@@ -111,6 +111,9 @@ def strict() -> contextlib.AbstractContextManager[None]:
     """Inside this context, an operation that would materialize a quantized array raises
     [`MaterializeError`][eqquant.MaterializeError] instead: `on_materialize("error")`.
 
+    Threads that are started inside do not inherit it. For a whole process, set the environment variable
+    `EQQUANT_ON_MATERIALIZE` to `error`: it is read each time.
+
     !!! example
 
         ```python
