@@ -396,18 +396,20 @@ class AbstractScaledArray(QuantizedArray):
 
     def moved(self: _Scaled, move: Callable[[Leaf], Leaf]) -> _Scaled:
         """An array of the moved leaves, in the first of its forms that has them. Raises `Unaligned` if none has."""
-        *before, last = self.forms()
-        for form in before:
+        for form in self.forms():
             with contextlib.suppress(Unaligned):
                 return form.with_leaves({name: move(leaf) for name, leaf in form.leaves().items()})
-        return last.with_leaves({name: move(leaf) for name, leaf in last.leaves().items()})
+        raise Unaligned
 
     def expanded(self: _Scaled) -> _Scaled:
         """An equal array without factors that are quantized in groups of their own: they are expanded, exactly."""
-        numbers = {name: self.number_leaf(name) for name, _, _ in self._numbers()}
-        grouped = [name for name in numbers if getattr(getattr(self, name), "is_grouped", False)]
+        there = {name: value for name, value, _ in self._numbers()}
+        grouped = [
+            name for name, v in there.items() if isinstance(v, StoredFactor) and v.is_grouped
+        ]
         if not grouped:
             return self
+        numbers = {name: self.number_leaf(name) for name in there}
         try:
             facts = self._facts(numbers, self.packing)
         except Unaligned:  # blocks that the format cannot say: a number for each element

@@ -56,8 +56,9 @@ def zero_or_nan(x: Array, axes: tuple[int, ...]) -> Array:
 
         jnp.max(jnp.ones((64, 64)).at[3, 5].set(jnp.nan))  # 1.0
 
-    It keeps them in sums, which take a seventh of the time of quantizing. A sum that is not finite, be it of NaN or
-    of large numbers, has them looked for one by one. (A maximum of bit patterns takes 3 times as long.)
+    It keeps them in sums, which add a quarter (int8) to two fifths (NF4) to the time of quantizing. A sum that is not
+    finite, be it of NaN or of large numbers, has them looked for one by one. (A maximum of bit patterns takes 3 times as
+    long.)
     """
 
     def look(x: Array) -> Array:
