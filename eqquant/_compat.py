@@ -219,6 +219,11 @@ def is_partitioned(ctx: Any) -> bool:
     return False
 
 
+def is_exported(ctx: Any) -> bool:
+    """Whether a lowering is for a program that is exported: to be run by other processes and later versions."""
+    return bool(ctx.module_context.lowering_parameters.for_export)
+
+
 def takes_triton(ctx: Any) -> bool:
     """Whether a lowering for CUDA may hold a kernel of Pallas for Triton.
 

@@ -144,4 +144,4 @@ def _target(platform: str | None, ctx: Any) -> Target:
         partitioned, device = partitioned or not _compat.takes_triton(ctx), _compat.gpu_kind()
     if platform == "tpu":
         partitioned = partitioned or not _compat.looks_up_rows()
-    return Target(platform, partitioned, device)
+    return Target(platform, partitioned, device, calls_out=not _compat.is_exported(ctx))

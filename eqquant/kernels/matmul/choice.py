@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from . import int8_digits, reference, xla
-from .cpu import choice as cpu, tables, tiled
+from ... import native as native_library
+from .cpu import choice as cpu, native, tables, tiled
 from .gpu import product as gpu
 from .product import Implementation, Product, Target
 from .tpu import product as tpu
@@ -15,6 +16,7 @@ IMPLEMENTATIONS = {
         Implementation("reference", reference.compute),
         Implementation("xla", xla.compute),
         Implementation("tiled", tiled.compute),
+        Implementation("native", native.compute, native.supports, platforms=("cpu",)),
         Implementation("int8_digits", int8_digits.compute, int8_digits.supports),
         Implementation("tables", tables.compute, tables.supports),
         # Neither is chosen unless preferred: they have not run on a device yet.
@@ -32,11 +34,14 @@ def choose(product: Product, target: Target, preferred: str | None = None) -> st
         wanted = IMPLEMENTATIONS[preferred]
         if wanted.runs_on(target) and wanted.supports(product) and wanted.pays(product):
             return preferred
+    on_cpu = target.platform == "cpu" and not target.partitioned
+    if on_cpu and target.calls_out:
+        native_library.tell_if_missing()
+        if native.supports(product):
+            return "native"
     if product.digits == 1 and int8_digits.supports(product):
         return "int8_digits"
-    if target.platform == "cpu" and not target.partitioned:
-        return cpu.choose(product)
-    return "xla"
+    return cpu.choose(product) if on_cpu else "xla"
 
 
 def check_name(name: str | None) -> str | None:

@@ -81,6 +81,8 @@ class Target(NamedTuple):
     """Whether there may only be operations that XLA can split over devices and that every device runs."""
     device: str | None = None
     """The kind of the GPU."""
+    calls_out: bool = True
+    """Whether it may call functions that are compiled into this library: not if it is exported, to be run elsewhere."""
 
 
 class Implementation(NamedTuple):
