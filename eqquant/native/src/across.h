@@ -43,7 +43,7 @@ void few_across(const Problem& p, const W& format, const Scales& scales, int64_t
 #pragma GCC unroll 4
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) acc[m][v] = load(y + m * ldy + v * LANES);
+    for (int v = 0; v < VECTORS; v++) acc[m][v] = zeros();  // a sum for each block of rows: less rounding
   for (int64_t r = k; r < k + count; r++) {
     const uint8_t* row = w.codes + r * w.bytes;
     const float* scale = w.scales_of(r);
@@ -65,7 +65,10 @@ void few_across(const Problem& p, const W& format, const Scales& scales, int64_t
 #pragma GCC unroll 4
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) store(y + m * ldy + v * LANES, acc[m][v]);
+    for (int v = 0; v < VECTORS; v++) {
+      float* o = y + m * ldy + v * LANES;
+      store(o, add(acc[m][v], load(o)));
+    }
 }
 
 template <class W> void across(const Problem& p, const Pool& pool) {

@@ -30,15 +30,16 @@ struct Scratch {
 };
 inline thread_local Scratch for_inputs, for_weights, for_outputs, for_order;
 
-// For [chunk][place][lane]: the position in its row of the number that lies there, or -1.
-template <class W> const int32_t* order_of(const Matrix& w) {
-  int32_t* order = for_order.get<int32_t>(padded<W>(w));
+// For [chunk of so many bytes][place][lane]: the position in its row of the number that lies there, or -1.
+template <class W, int64_t BYTES = CHUNK> const int32_t* order_of(const Matrix& w) {
+  const int64_t bytes = up(w.bytes, BYTES);
+  int32_t* order = for_order.get<int32_t>(bytes * W::PLACES);
   int64_t first = 0, j = 0;  // of the tile; and the byte in it
-  for (int64_t b = 0; b < chunks_of(w) * CHUNK; b++) {
-    int32_t* out = order + b / CHUNK * CHUNK * W::PLACES + b % CHUNK;
+  for (int64_t b = 0; b < bytes; b++) {
+    int32_t* out = order + b / BYTES * BYTES * W::PLACES + b % BYTES;
     for (int place = 0; place < W::PLACES; place++) {
       const int64_t in_tile = (w.high_first ? W::PLACES - 1 - place : place) * w.stored + j, k = first + in_tile;
-      out[place * CHUNK] = in_tile < w.tile && k < w.length && b < w.bytes ? static_cast<int32_t>(k) : -1;
+      out[place * BYTES] = in_tile < w.tile && k < w.length && b < w.bytes ? static_cast<int32_t>(k) : -1;
     }
     if (++j == w.stored) j = 0, first += w.tile;
   }

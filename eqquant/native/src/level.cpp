@@ -1,12 +1,14 @@
 // The kernels for one level of processors: compiled once for each, with its instructions and -DEQQUANT_LEVEL=its_name.
 #include "across.h"
 #include "along.h"
+#include "digits.h"
 
 namespace eqquant::EQQUANT_LEVEL {
 
 template <class W> static void product(const Problem& p, const Pool& pool) { p.sum_along_rows ? along<W>(p, pool) : across<W>(p, pool); }
 
 static void multiply(const Problem& p, const Pool& pool) {
+  if (by_digits(p, pool)) return;
   switch (p.code) {
     case Code::int8: return product<Int8>(p, pool);
     case Code::nibbles: return product<Nibbles>(p, pool);
@@ -19,7 +21,8 @@ static void multiply(const Problem& p, const Pool& pool) {
 
 static bool runs_here() {
 #if defined(__AVX512BW__)
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
 #elif defined(__AVX2__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else

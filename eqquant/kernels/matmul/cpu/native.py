@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from .... import native
 from ...._scaled import AbstractScaledArray
@@ -27,8 +27,10 @@ class _Code(NamedTuple):
 
 
 def supports(product: Product) -> bool:
-    """Whether the kernels are there, and decode the weight."""
-    return native.info().loaded and holds_for_matrices(_decodes, product, FLOATS)
+    """Whether the kernels are there, and decode the weight where it lies."""
+    batch = product.axes.w_batch
+    in_place = batch == (*range(len(batch)),)  # matrices that are apart would be copied
+    return native.info().loaded and in_place and holds_for_matrices(_decodes, product, FLOATS)
 
 
 def compute(product: Product, target: Target) -> Array:
@@ -46,12 +48,9 @@ def compute(product: Product, target: Target) -> Array:
         if scale is not None:
             scales = scale.array.astype(jnp.float32)
             blocks = [_block(scale, axis) for axis in range(2)]
-        codes = w.payload_leaf.array
-        if codes.dtype != jnp.uint8:
-            codes = lax.bitcast_convert_type(codes, jnp.uint8)
         return native.product(
             x,
-            codes,
+            w.payload_leaf.array,
             scales,
             jnp.asarray([[*code.levels, *[0.0] * (16 - len(code.levels))]], jnp.float32),
             outputs=w.shape[1 - axis],
