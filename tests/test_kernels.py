@@ -200,13 +200,14 @@ def test_precision_reaches_the_dot():
     )
 
     def program(precision: Any) -> str:
-        return jax.jit(partial(product.quantized, precision=precision)).lower().as_text()
+        f = partial(product.quantized, precision=precision, implementation="xla")
+        return jax.jit(f).lower().as_text()
 
     assert "HIGHEST" in program(lax.Precision.HIGHEST)
     assert "HIGHEST" not in program(None)
     with jax.default_matmul_precision("highest"):
         w, x = product.w, product.x
-        lowered = jax.jit(eqq.implicit(lambda w, x: x @ w.T)).lower(w, x)
+        lowered = jax.jit(eqq.implicit(lambda w, x: x @ w.T, implementation="xla")).lower(w, x)
         assert "HIGHEST" in lowered.as_text()
 
 
@@ -294,7 +295,7 @@ def test_pieces_that_do_not_divide(monkeypatch, name, scale, tiles):
         return jnp.einsum(equation, x, w)
 
     def both_passes(w: Any, x: Any, ct: Any) -> Any:
-        y, pull_back = jax.vjp(partial(eqq.implicit(f), w), x)
+        y, pull_back = jax.vjp(partial(eqq.implicit(f, implementation="tiled"), w), x)
         return y, pull_back(ct)[0]
 
     dense, ct = w.materialize(), jnp.ones(f(w.materialize(), x).shape)

@@ -4,14 +4,17 @@ XLA calls them as foreign functions, on its own threads. The source is in `src`;
 is installed, if there is a compiler.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 TARGET = "eqquant_product"
@@ -53,18 +56,48 @@ def info() -> Info:
     if wanted == "0":
         return Info(False, None, f"{SWITCH}=0 turns them off")
     try:
-        library = ctypes.CDLL(str(_LIBRARY))
+        library = _library()
     except OSError as error:
         if _LIBRARY.exists():
             return Info(False, None, f"the library does not load: {error}")
         return Info(False, None, "the package was built without them, for want of a C++ compiler")
-    library.eqquant_use_level.restype = ctypes.c_char_p
-    level = library.eqquant_use_level(("" if wanted == "1" else wanted).encode())
+    level = _use_level("" if wanted == "1" else wanted)
     if level is None:
-        asked = f" at most at the level {SWITCH}={wanted}" if wanted not in ("", "1") else ""
+        asked = f" at the level {SWITCH}={wanted} or below" if wanted not in ("", "1") else ""
         return Info(False, None, f"there are none for this processor{asked}")
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.eqquant_product), platform="cpu")
-    return Info(True, level.decode(), "the library and this processor fit")
+    return Info(True, level, "the library and this processor fit")
+
+
+@contextlib.contextmanager
+def at_level(name: str) -> Iterator[None]:
+    """Inside, the kernels of this level of processors serve, in the whole process: for tests and benchmarks.
+
+    Raises `ValueError` if there are none that run here.
+    """
+    before = info().level
+    if before is None or _use_level(name) != name:
+        if before is not None:
+            _use_level(before)
+        raise ValueError(f"there are no native kernels of the level name={name!r} here; {info()}.")
+    try:
+        yield
+    finally:
+        _use_level(before)
+
+
+@functools.cache
+def _library() -> Any:
+    return ctypes.CDLL(str(_LIBRARY))
+
+
+def _use_level(at_most: str) -> str | None:
+    """The name of the best level of this name or below that runs here, which is used from now on; any level, if the name is
+    empty."""
+    choose = _library().eqquant_use_level
+    choose.restype = ctypes.c_char_p
+    level = choose(at_most.encode())
+    return level and level.decode()
 
 
 @functools.cache
@@ -80,10 +113,10 @@ def tell_if_missing() -> None:
         )
 
 
-def product(x: Any, codes: Any, scales: Any, levels: Any, *, outputs: int, **attributes: int) -> Any:
+def product(
+    x: Any, codes: Any, scales: Any, levels: Any, *, outputs: int, **attributes: int
+) -> Any:
     """The call of the kernels, as `src/ffi.cpp` takes it: y (m, outputs)."""
-    import numpy as np
-
     out = jax.ShapeDtypeStruct((x.shape[0], outputs), np.dtype("float32"))
     call = jax.ffi.ffi_call(TARGET, out, vmap_method="expand_dims")
     return call(x, codes, scales, levels, **{k: np.int64(v) for k, v in attributes.items()})
