@@ -1,6 +1,7 @@
 """What many tests share: inputs, a loop of training, sentences of errors, cases that take turns."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ import pytest
 
 from eqquant import _compat, _dispatch, testing
 
+
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+"""Whether all cases run. Otherwise the formats take turns, so that each meets many cases and each case some formats."""
 
 # The others take turns: each program takes its time to compile.
 STRATEGIES = {"Array8B": testing.FORMATS["Array8B"], "any format": testing.arrays}
@@ -61,7 +65,8 @@ def train(
 
 def in_turns(cases: Iterable[Any], others: Sequence[Any], each: int) -> list[tuple[Any, Any]]:
     """Each case with so many of the others, and each of these about equally often: where all pairs would take
-    too long."""
+    too long. Nightly, all of them."""
+    each = len(others) if NIGHTLY else each
     return [
         (case, others[(i * each + j) % len(others)])
         for i, case in enumerate(cases)

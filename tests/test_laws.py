@@ -5,6 +5,7 @@ import re
 import hypothesis
 import jax
 import pytest
+from helpers import in_turns
 
 import eqquant as eqq
 from eqquant import _compat, _dispatch, _registry, testing
@@ -14,27 +15,35 @@ from eqquant.testing import DENSE_PROGRAMS, FORMATS, LAWS, MODES, NO_QUANTIZED_O
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("law", LAWS)
 def test_eager(law: str, format: str) -> None:
-    few = -(-hypothesis.settings().max_examples * 3 // 5)
+    few = -(-hypothesis.settings().max_examples * 2 // 5)
     kept_packed = testing.check_law(law, FORMATS[format], max_examples=few)
     if format == "Array8B":  # it is packed along no axis: whatever has a rule keeps it
-        if LAWS[law].packed and not kept_packed:  # of some laws, one program in ten
-            kept_packed = testing.check_law(law, FORMATS[format], max_examples=100)
+        for more in (10, 100):  # of some laws, one program in ten
+            if LAWS[law].packed and not kept_packed:
+                kept_packed = testing.check_law(law, FORMATS[format], max_examples=more)
         assert bool(kept_packed) == LAWS[law].packed, f"{kept_packed} programs made nothing dense"
 
 
-# Compiling takes its time: here the formats take turns.
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "eager"])
-@pytest.mark.parametrize("law", LAWS)
-def test_transformed(law: str, mode: testing.Mode) -> None:
+# Compiling takes its time: here the formats take turns, other ones in each mode.
+TRANSFORMED = [
+    (law, mode, format)
+    for i, mode in enumerate(mode for mode in MODES if mode != "eager")
+    for law, format in in_turns(LAWS, [*FORMATS][3 * i :] + [*FORMATS][: 3 * i], each=1)
+]
+
+
+@pytest.mark.parametrize(("law", "mode", "format"), TRANSFORMED)
+def test_transformed(law: str, mode: testing.Mode, format: str) -> None:
     max_examples = -(-hypothesis.settings().max_examples * 2 // 5)
-    testing.check_law(law, testing.arrays, mode, max_examples=max_examples)
+    testing.check_law(law, FORMATS[format], mode, max_examples=max_examples)
 
 
-@pytest.mark.parametrize("name", sorted(DENSE_PROGRAMS))
-def test_dense_answer(name: str) -> None:
+@pytest.mark.parametrize(("name", "format"), in_turns(sorted(DENSE_PROGRAMS), [*FORMATS], each=1))
+def test_dense_answer(name: str, format: str) -> None:
+    max_examples = -(-hypothesis.settings().max_examples * 2 // 5)
     by_other_primitives = ("log2", "while_scalar", "linear_call", "cholesky")
     if name in _compat.primitive_names() or name in by_other_primitives:
-        testing.check_dense_answer(name, testing.arrays)
+        testing.check_dense_answer(name, FORMATS[format], max_examples=max_examples)
 
 
 # -------------------------------------------------------------------------------- completeness
