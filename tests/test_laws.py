@@ -1,22 +1,34 @@
 """Every law holds for every format, in every mode, on arrays of stored leaves that nobody quantized."""
 
+import math
 import re
 
 import hypothesis
 import jax
 import pytest
-from helpers import in_turns
+from helpers import in_turns, NIGHTLY
 
 import eqquant as eqq
 from eqquant import _compat, _dispatch, _registry, testing
 from eqquant.testing import DENSE_PROGRAMS, FORMATS, LAWS, MODES, NO_QUANTIZED_OPERAND
 
 
+SIMPLEST = next(iter(FORMATS))
+"""The format for which the simplest programs are drawn, too; they say little."""
+
+
+def share(part: float) -> int:
+    """So many of the examples of the profile; of those that run nightly, twice as many."""
+    return math.ceil(hypothesis.settings().max_examples * part * (1 + NIGHTLY))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("law", LAWS)
 def test_eager(law: str, format: str) -> None:
-    few = -(-hypothesis.settings().max_examples * 2 // 5)
-    kept_packed = testing.check_law(law, FORMATS[format], max_examples=few)
+    few, simplest = share(2 / 5), format == SIMPLEST
+    kept_packed = testing.check_law(
+        law, FORMATS[format], max_examples=few + simplest, simplest=simplest
+    )
     if format == "Array8B":  # it is packed along no axis: whatever has a rule keeps it
         for more in (10, 100):  # of some laws, one program in ten
             if LAWS[law].packed and not kept_packed:
@@ -34,16 +46,18 @@ TRANSFORMED = [
 
 @pytest.mark.parametrize(("law", "mode", "format"), TRANSFORMED)
 def test_transformed(law: str, mode: testing.Mode, format: str) -> None:
-    max_examples = -(-hypothesis.settings().max_examples * 2 // 5)
-    testing.check_law(law, FORMATS[format], mode, max_examples=max_examples)
+    few, simplest = share(1 / 5), format == SIMPLEST
+    testing.check_law(law, FORMATS[format], mode, max_examples=few + simplest, simplest=simplest)
 
 
 @pytest.mark.parametrize(("name", "format"), in_turns(sorted(DENSE_PROGRAMS), [*FORMATS], each=1))
 def test_dense_answer(name: str, format: str) -> None:
-    max_examples = -(-hypothesis.settings().max_examples * 2 // 5)
+    few, simplest = share(1 / 5), format == SIMPLEST
     by_other_primitives = ("log2", "while_scalar", "linear_call", "cholesky")
     if name in _compat.primitive_names() or name in by_other_primitives:
-        testing.check_dense_answer(name, FORMATS[format], max_examples=max_examples)
+        testing.check_dense_answer(
+            name, FORMATS[format], max_examples=few + simplest, simplest=simplest
+        )
 
 
 # -------------------------------------------------------------------------------- completeness
