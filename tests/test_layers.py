@@ -401,7 +401,7 @@ def test_half_precision(name, dtype):
 OTHER_FORMATS = [name for name, each in LAYOUTS.items() if each.format is not eqq.Array8B]
 
 
-@pytest.mark.parametrize(("layer", "name"), in_turns(LAYERS, OTHER_FORMATS, each=3))
+@pytest.mark.parametrize(("layer", "name"), in_turns(LAYERS, OTHER_FORMATS, each=2))
 def test_other_formats(layer, name):
     layer = LAYERS[layer]
     model = eqq.quantize(layer.make(jr.key(0)), {layer.pattern: LAYOUTS[name]})
