@@ -321,3 +321,33 @@ def test_a_stack_of_vectors_is_noted():
         "looks like a stack of vectors",
         "",
     ]
+
+
+KEY = jax.random.key(0)
+LAYERS = {
+    "conv": (lambda: eqx.nn.Conv2d(3, 4, 3, key=KEY), {"weight"}, (jnp.ones((3, 8, 8)),)),
+    "depthwise": (lambda: eqx.nn.Conv1d(8, 8, 3, groups=8, key=KEY), {"weight"}, (jnp.ones((8, 9)),)),
+    "gru": (lambda: eqx.nn.GRUCell(8, 8, key=KEY), {"weight_ih", "weight_hh"}, (X[0], X[1])),
+    "weight norm": (
+        lambda: eqx.nn.WeightNorm(eqx.nn.Linear(8, 4, key=KEY)), {"layer.weight"}, (X[0],)
+    ),
+    "norm of two axes": (
+        lambda: eqx.nn.Sequential(
+            [eqx.nn.LayerNorm((3, 8)), eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(24, 4, key=KEY)]
+        ),
+        {"layers.2.weight"},
+        (X,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_equinox(name):
+    make, want, inputs = LAYERS[name]
+    assert quantized_paths(eqq.quantize(make(), INT8, inputs=inputs)) == want
+
+
+def test_attention_with_dropout():
+    attention = eqx.nn.MultiheadAttention(2, 8, dropout_p=0.5, key=KEY)
+    q = eqq.quantize(attention, INT8, inputs=(X, KEY), call=lambda m, x, key: m(x, x, x, key=key))
+    assert len(quantized_paths(q)) == 4
