@@ -108,6 +108,12 @@ def stored_block_size(x: Array, axes: Sequence[int], block_size: BlockSize) -> B
     return tuple(by_axis.get(axis, 1) for axis in range(min(by_axis), 0))
 
 
+def is_stack(ndim: int, packed: int) -> bool:
+    """Whether what is found once for an array is found for each entry of its first axis instead: of three axes or more,
+    unless codes are packed along the first. So `vmap`, `scan` and `jax.tree.map(lambda a: a[i], q)` can take entries."""
+    return ndim >= 3 and packed % ndim != 0
+
+
 def packing_in_blocks(shape: Sequence[int], axis: int, block_size: int) -> Packing | None:
     """Two codes in a byte along `axis`, in tiles of a block; an axis that is shorter than a block is one block. None
     for an array without axes."""
