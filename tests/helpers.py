@@ -99,5 +99,6 @@ def own_table() -> Iterator[None]:
         resolvers.clear()
         resolvers.update(before)
         _dispatch._resolved.clear()
+        _dispatch._table_version += 1
         testing.LAWS.clear()
         testing.LAWS.update(laws)
