@@ -45,6 +45,7 @@ __all__ = [
     "gpu_kind",
     "has_explicit_axes",
     "instantiate_zero",
+    "is_eager",
     "is_partitioned",
     "is_specified_sharding",
     "is_unset",
@@ -66,6 +67,11 @@ __all__ = [
 apply_primitive = _dispatch.apply_primitive
 weakly_cached: Callable[..., Any] = _weakref_lru_cache
 """Caches results as long as the first argument lives, if they do not hold it."""
+
+
+def is_eager() -> bool:
+    """Whether operations are computed now: no function is being traced or transformed."""
+    return _core.trace_state_clean()
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:

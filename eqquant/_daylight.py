@@ -211,33 +211,86 @@ def describe(x: Any) -> str:
     return f"{kind} {name}[{','.join(map(str, np.shape(x)))}]"
 
 
+@dataclass(frozen=True)
+class MadeDense:
+    """That implicit arrays became dense in an operation: all that a report needs, without the arrays."""
+
+    primitive: str
+    operands: tuple[str, ...]
+    label: str
+    formats: tuple[type, ...]
+    packed: tuple[str, ...]
+    nbytes: int
+
+
+_collected: contextvars.ContextVar[list[MadeDense] | None] = contextvars.ContextVar(
+    "collected", default=None
+)
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[MadeDense]]:
+    """Collects what would be reported, for a program that is kept and reports it whenever it runs. An error is
+    raised all the same. Functions that were traced before are traced again inside."""
+    made_dense: list[MadeDense] = []
+    token, number = _collected.set(made_dense), _recording_number.set(next(_recording_numbers))
+    try:
+        yield made_dense
+    finally:
+        _collected.reset(token)
+        _recording_number.reset(number)
+
+
+def is_recording() -> bool:
+    """Whether an audit is being made."""
+    return _records.get() is not None
+
+
 def report_materialized(primitive: str, operands: Sequence[Any], label: str | None = None) -> None:
     """Makes it visible that the implicit arrays among `operands` become dense in `primitive`.
 
     The warning speaks of `label` instead, if given: a line of code warns once for each label.
     """
     implicit = [x for x in operands if isinstance(x, ImplicitArray)]
-    nbytes = sum(dense_nbytes(x) for x in implicit)
+    made_dense = MadeDense(
+        primitive,
+        tuple(map(describe, operands)),
+        label or f"`{primitive}`",
+        tuple(map(type, implicit)),
+        tuple(map(describe, implicit)),
+        sum(dense_nbytes(x) for x in implicit),
+    )
+    collected = _collected.get()
+    if collected is None or is_recording() or materialize_mode() == "error":
+        report(made_dense)
+    else:
+        collected.append(made_dense)
+
+
+def report(made_dense: MadeDense) -> None:
+    """Records it, warns or raises, as the mode says, with the line of user code that is running."""
     if (records := _records.get()) is not None:
         line = str(_compat.source_frame())
         records.append(
-            AuditRow(primitive, tuple(map(describe, operands)), "densified", nbytes, line)
+            AuditRow(
+                made_dense.primitive, made_dense.operands, "densified", made_dense.nbytes, line
+            )
         )
         return
     mode = materialize_mode()
-    if mode == "ignore" or nbytes == 0:
+    if mode == "ignore" or made_dense.nbytes == 0:
         return
     frame = _compat.source_frame()
     message = (
-        f"{label or f'`{primitive}`'} has no packed form for "
-        f"{', '.join(describe(x) for x in implicit)}: {format_bytes(nbytes)} made dense at {frame}."
+        f"{made_dense.label} has no packed form for {', '.join(made_dense.packed)}: "
+        f"{format_bytes(made_dense.nbytes)} made dense at {frame}."
     )
     if mode == "error":
         raise MaterializeError(
             f"{message} Allow it with eqquant.on_materialize('warn'), materialize it yourself, or "
             "add a rule with eqquant.register."
         )
-    if any(type(x).warn_on_materialize for x in implicit):
+    if any(each.warn_on_materialize for each in made_dense.formats):
         warnings.warn_explicit(
             f"{message} eqquant.audit shows every such place; eqquant.on_materialize('ignore') "
             "silences this.",

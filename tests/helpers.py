@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from eqquant import _compat, _dispatch, testing
+from eqquant import _compat, _dispatch, lora, testing
 
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
@@ -29,6 +29,21 @@ def examples(share: float) -> hypothesis.settings:
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
+
+
+ADAPTED_BASES = {"dense": lambda w: w} | {
+    name: testing.QUANTIZERS[name] for name in ("int8", "nf4 double", "ternary")
+}
+
+
+def adapted_array(
+    *shape: int, base: str = "nf4 double", rank: int = 3, window_axes: int = 0
+) -> lora.AdaptedArray:
+    """Random numbers with an adapter that does something."""
+    out = len(shape) - 2 - window_axes
+    shapes = (shape, (*shape[:out], rank, *shape[out + 1 :]), (*shape[: out + 1], rank))
+    w, a, b = (normal(*each, seed=seed) for seed, each in enumerate(shapes))
+    return lora.AdaptedArray(ADAPTED_BASES[base](w), a, b, 0.5, 0.0, window_axes=window_axes)
 
 
 def small_mlp() -> eqx.nn.MLP:
@@ -89,5 +104,6 @@ def own_table() -> Iterator[None]:
         resolvers.clear()
         resolvers.update(before)
         _dispatch._resolved.clear()
+        _dispatch._table_version += 1
         testing.LAWS.clear()
         testing.LAWS.update(laws)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import pytest
+from helpers import adapted_array
 from jax import lax
 
 import eqquant as eqq
@@ -310,3 +311,48 @@ def test_quantize_and_materialize_hold_at_most_two_and_a_half_copies(layout, sha
     ):
         memory = compile(f, arg).memory_analysis()
         assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 2.5 * copy
+
+
+# ------------------------------------------------------------------------------------- adapters
+
+
+def test_a_convolution_with_an_adapter_makes_no_dense_kernel():
+    kernel = jax.eval_shape(lambda: adapted_array(256, 256, 3, 3, base="int8", window_axes=2))
+    x = array(1, 256, 4, 4)
+
+    def convolved(w, x):
+        return eqq.implicit(lambda w, x: lax.conv_general_dilated(x, w, (1, 1), "SAME"))(w, x)
+
+    needed, plain = temporaries(convolved, kernel, x), temporaries(convolved, kernel.base, x)
+    assert needed < plain + 256 * KIB < kernel.size * 4 / 2
+
+
+LOOKUPS: dict[str, Callable[..., Any]] = {
+    "index": lambda w, i: w[i],
+    "take": lambda w, i: jnp.take(w, i, axis=0),
+    "vmap": lambda w, i: jax.vmap(lambda i: w[i])(i),
+    "one": lambda w, i: w[i[0]],
+    "product with a slice": lambda w, i: w[128:256] @ jnp.ones(512),
+}
+
+
+EXPERTS: dict[str, Callable[..., Any]] = {
+    "of an index": lambda w, x: w[x[0].astype(int)] @ x,
+    "by rows": lambda w, x: lax.ragged_dot(jnp.stack([x] * 8), w.mT, jnp.ones(16, int)),
+    "all": lambda w, x: jnp.einsum("i,loi->lo", x, w),
+}
+
+
+@pytest.mark.parametrize("base", ["dense", "int8", "nf4 double"])
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_an_adapted_embedding_decodes_only_what_it_looks_up(name, base):
+    w = jax.eval_shape(lambda: adapted_array(4096, 512, base=base))
+    assert temporaries(eqq.implicit(LOOKUPS[name]), w, array(8, dtype=jnp.int32)) < w.size * 4 / 20
+
+
+@pytest.mark.parametrize("base", ["dense", "int8", "nf4 double"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_an_adapter_of_experts_needs_little_more_than_their_weights(name, base):
+    w = jax.eval_shape(lambda: adapted_array(16, 256, 256, base=base))
+    f = eqq.implicit(EXPERTS[name])
+    assert temporaries(f, w, array(256)) < temporaries(f, w.base, array(256)) + w.size * 4 / 10
