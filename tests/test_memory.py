@@ -50,13 +50,13 @@ def nbytes(*trees: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jtu.tree_leaves(trees))
 
 
-def compile(f: Callable[..., Any], *args: Any) -> Any:
+def compile(f: Callable[..., Any], *args: Any, options: Any = None) -> Any:
     with eqq.strict():
-        return jax.jit(f).lower(*args).compile()
+        return jax.jit(f).lower(*args).compile(options)
 
 
-def temporaries(f: Callable[..., Any], *args: Any) -> int:
-    return compile(f, *args).memory_analysis().temp_size_in_bytes
+def temporaries(f: Callable[..., Any], *args: Any, options: Any = None) -> int:
+    return compile(f, *args, options=options).memory_analysis().temp_size_in_bytes
 
 
 def backward(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -242,6 +242,73 @@ def largest_constant(compiled: Any) -> int:
             size *= int(length)
         sizes.append(size)
     return max(sizes)
+
+
+# ------------------------------------------------------------ programs of many small weights
+
+# A weight of 1 MiB when it is dense is decoded whole.
+MANY, SMALL = 12, 512
+ONE_DENSE = SMALL * SMALL * 4
+SAVING = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+def one_after_another(weights: Any, x: Any) -> Any:
+    for w in weights:
+        x = jnp.tanh(x @ w.T)
+    return x
+
+
+def scanned(weights: Any, x: Any) -> Any:
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w.T), None), x, weights)[0]
+
+
+def beside_each_other(weights: Any, x: Any) -> Any:
+    return sum(jnp.tanh(x @ w.T) for w in weights)
+
+
+def small_weights(name: str, program: Callable[..., Any]) -> Any:
+    one = jax.eval_shape(testing.QUANTIZERS[name], array(SMALL, SMALL))
+    if program is scanned:
+        return jtu.tree_map(lambda leaf: array(MANY, *leaf.shape, dtype=leaf.dtype), one)
+    return [one] * MANY
+
+
+each_small = pytest.mark.parametrize("name", ["nf4", "int8", "ternary", "int4 affine", "fp8"])
+
+
+@pytest.mark.parametrize("rows", [1, 64], ids=["a step of decoding", "a batch"])
+@pytest.mark.parametrize("program", [one_after_another, scanned])
+@each_small
+def test_layers_are_decoded_one_after_another(name, program, rows):
+    weights, x = small_weights(name, program), array(rows, SMALL)
+    # In front of all products, the decoding of all took as many dense weights as there are layers.
+    assert temporaries(eqq.implicit(program), weights, x) < 1.1 * ONE_DENSE + 4 * nbytes(x)
+    saving = temporaries(eqq.implicit(program), weights, x, options=SAVING)
+    assert saving < 1.1 * ONE_DENSE + 4 * nbytes(x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_layers_of_half_precision_are_decoded_one_after_another(dtype):
+    weights, x = small_weights("nf4", one_after_another), array(64, SMALL, dtype=dtype)
+    used = temporaries(eqq.implicit(one_after_another), weights, x)
+    assert used < 1.1 * ONE_DENSE + 8 * nbytes(x)
+
+
+@each_small
+def test_the_backward_pass_of_many_layers(name):
+    def loss(weights: Any, x: Any) -> Any:
+        return jnp.sum(one_after_another(weights, x))
+
+    weights, x = small_weights(name, one_after_another), array(4, SMALL)
+    used = temporaries(eqq.implicit(jax.grad(loss, 1)), weights, x)
+    assert used < 1.2 * ONE_DENSE + (MANY + 4) * nbytes(x)
+
+
+@each_small
+def test_many_products_with_the_same_input_need_an_option_of_the_compiler(name):
+    weights, x = small_weights(name, beside_each_other), array(1, SMALL)
+    used = temporaries(eqq.implicit(beside_each_other), weights, x, options=SAVING)
+    assert used < 1.1 * ONE_DENSE + 2 * MANY * nbytes(x)
 
 
 # --------------------------------------------------------------------------- other operations
