@@ -38,8 +38,7 @@ elements are whole tiles in every format.
 - *dense*: the operand is made dense, with a warning.
 
 ¹ The quantized scales become float32. In this table they stay quantized more often than they do in larger arrays: all 160 scales of a matrix
-are in one group of 256. Two matrices have two groups, and the cut between these goes through the second. [When they stay
-so](formats.md#arraynf4) depends on the shape.
+are in one group of 256. [When they stay so](formats.md#arraynf4) depends on the shape.
 """
 KINDS = {
     eqq.AbstractScaledArray: "quantized",

@@ -7,7 +7,7 @@ packs an axis, that is the last one. 320 elements are whole tiles in every forma
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -182,9 +182,14 @@ COLUMNS = _columns()
 """By the heading of a column: how its operands are quantized."""
 
 
+@cache
+def _operand(quantize: Callable[[Any], Any], shape: tuple[int, ...]) -> Any:
+    return quantize(jnp.linspace(-1, 1, math.prod(shape)).reshape(shape))
+
+
 def outcome(program: Program, quantize: Callable[[Any], Any]) -> str:
     """What becomes of the operand: only its codes are computed."""
-    x = quantize(jnp.linspace(-1, 1, math.prod(program.on)).reshape(program.on))
+    x = _operand(quantize, program.on)
     with _daylight.recording() as met:
         results = jax.eval_shape(eqq.implicit(program.run), x)
     if program.primitive not in {row.primitive for row in met}:

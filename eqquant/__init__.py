@@ -8,6 +8,7 @@ from ._daylight import (
     MaterializeError as MaterializeError,
     MaterializeWarning as MaterializeWarning,
     on_materialize as on_materialize,
+    set_on_materialize as set_on_materialize,
     strict as strict,
 )
 from ._description import (

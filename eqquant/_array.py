@@ -14,6 +14,7 @@ from jax import Array
 from jax.core import Tracer
 
 from ._daylight import report_materialized
+from ._eager import call
 from ._implicit import implicit
 from ._implicit_array import ImplicitArray
 
@@ -22,7 +23,7 @@ def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: "QuantizedArray", *others: Any) -> Any:
         if not all(map(_is_operand, others)):
             return NotImplemented
-        return implicit(function)(self, *others)
+        return call(function, (self, *others))
 
     return method
 
@@ -31,26 +32,88 @@ def _reflected(function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: "QuantizedArray", other: Any) -> Any:
         if not (_is_operand(other) and self.commute_ops):
             return NotImplemented
-        return implicit(function)(other, self)
+        return call(function, (other, self))
 
     return method
+
+
+def _power(self: "QuantizedArray", exponent: Any) -> Any:
+    if not _is_operand(exponent):
+        return NotImplemented
+    if isinstance(exponent, int):  # products, if it is known
+        return call(operator.pow, (self,), (exponent,))
+    return call(operator.pow, (self, exponent))
+
+
+def _round(self: "QuantizedArray", decimals: int = 0) -> Any:
+    return call(jnp.round, (self,), (decimals,))
+
+
+def _attribute(x: Any, name: str) -> Any:
+    return getattr(x, name)
+
+
+def _item(x: Any, *parts: Any) -> Any:
+    """`x[index]`, of the arrays in the index, and of its form: what else is in it, and where they belong."""
+    *arrays, form = parts
+    there = iter(arrays)
+    index = [
+        next(there) if part is _ARRAY else slice(*part[1]) if isinstance(part, tuple) else part
+        for part in form
+    ]
+    return x[tuple(index)]
+
+
+_ARRAY = "array"
+
+
+def _form_of_index(index: Any) -> tuple[list[Any], tuple[Any, ...]] | None:
+    """The arrays of integers in an index, and the rest of it, which can be a key; None if it has other parts."""
+    arrays, form = [], []
+    for part in index if isinstance(index, tuple) else (index,):
+        if part is None or part is Ellipsis or type(part) is int:
+            form.append(part)
+        elif isinstance(part, np.integer):
+            form.append(int(part))
+        elif isinstance(part, slice):
+            ends = part.start, part.stop, part.step
+            if not all(end is None or type(end) is int for end in ends):
+                return None
+            form.append((slice, ends))
+        elif isinstance(part, (Array, np.ndarray)) and jnp.issubdtype(part.dtype, jnp.integer):
+            arrays.append(part)
+            form.append(_ARRAY)
+        else:  # masks have to be known; and whatever an array refuses
+            return None
+    return arrays, tuple(form)
+
+
+def _called(x: Any, *parts: Any) -> Any:
+    """`x.name(*args, **kwargs)`, of the arrays among the arguments, and of what else they hold."""
+    *operands, name, treedef, known = parts
+    there = iter(operands)
+    args, kwargs = jtu.tree_unflatten(
+        treedef, [next(there) if leaf is _ARRAY else leaf[1] for leaf in known]
+    )
+    return getattr(x, name)(*args, **kwargs)
+
+
+_TAKE_ARRAYS = ("clip", "dot", "searchsorted", "take")
+"""The methods whose arguments may be arrays that are not known when they are traced."""
 
 
 def _method(name: str) -> Callable[..., Any]:
     """The method of this name that an array has, by the rules."""
 
     def method(self: "QuantizedArray", *args: Any, **kwargs: Any) -> Any:
-        # Only quantized arguments are traced: axes, lengths and the like have to be known.
-        quantized, others = eqx.partition((args, kwargs), _is_implicit, is_leaf=_is_implicit)
-
-        def call(x: Any, quantized: Any) -> Any:
-            args, kwargs = eqx.combine(quantized, others)
-            return getattr(x, name)(*args, **kwargs)
-
-        return implicit(call)(self, quantized)
+        return self._call(name, *args, **kwargs)
 
     method.__name__, method.__doc__ = name, f"As `jax.Array.{name}`."
     return method
+
+
+def _is_leaf(x: Any) -> bool:
+    return x is None or _is_implicit(x)
 
 
 def _is_implicit(x: Any) -> bool:
@@ -147,10 +210,10 @@ class QuantizedArray(ImplicitArray):
     __floordiv__, __rfloordiv__ = _operator(operator.floordiv), _reflected(operator.floordiv)
     __mod__, __rmod__ = _operator(operator.mod), _reflected(operator.mod)
     __divmod__, __rdivmod__ = _operator(divmod), _reflected(divmod)
-    __pow__, __rpow__ = _operator(operator.pow), _reflected(operator.pow)
+    __pow__, __rpow__ = _power, _reflected(operator.pow)
     __matmul__, __rmatmul__ = _operator(operator.matmul), _reflected(operator.matmul)
     __neg__, __pos__, __abs__ = _operator(operator.neg), _operator(operator.pos), _operator(abs)
-    __round__ = _operator(jnp.round)
+    __round__ = _round
     __and__, __rand__ = _operator(operator.and_), _reflected(operator.and_)
     __or__, __ror__ = _operator(operator.or_), _reflected(operator.or_)
     __xor__, __rxor__ = _operator(operator.xor), _reflected(operator.xor)
@@ -166,7 +229,10 @@ class QuantizedArray(ImplicitArray):
         return id(self)
 
     def __getitem__(self, index: Any) -> Any:
-        return implicit(lambda x: x[index])(self)
+        if (form := _form_of_index(index)) is None:
+            return implicit(lambda x: x[index])(self)
+        arrays, known = form
+        return call(_item, (self, *arrays), (known,))
 
     def __len__(self) -> int:
         if not self.shape:
@@ -193,15 +259,36 @@ class QuantizedArray(ImplicitArray):
 
     # ------------------------------------------------------------------------- array methods
 
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """The method of the logical array, by the rules."""
+        leaves, treedef = jtu.tree_flatten((args, kwargs), is_leaf=_is_leaf)
+        numbers = (int, float) if name == "clip" else ()
+        arrays = [isinstance(leaf, (Array, np.ndarray, ImplicitArray, *numbers)) for leaf in leaves]
+        if name in _TAKE_ARRAYS or not any(arrays):
+            operands = [leaf for leaf, is_array in zip(leaves, arrays, strict=True) if is_array]
+            known = tuple(
+                _ARRAY if is_array else (type(leaf), leaf)
+                for leaf, is_array in zip(leaves, arrays, strict=True)
+            )
+            return call(_called, (self, *operands), (name, treedef, known))
+        # Only quantized arguments are traced: lengths, masks and the like have to be known.
+        quantized, others = eqx.partition((args, kwargs), _is_implicit, is_leaf=_is_implicit)
+
+        def method(x: Any, quantized: Any) -> Any:
+            args, kwargs = eqx.combine(quantized, others)
+            return getattr(x, name)(*args, **kwargs)
+
+        return implicit(method)(self, quantized)
+
     @property
     def T(self) -> Any:
         """The logical array with its axes in reverse order."""
-        return implicit(lambda x: x.T)(self)
+        return call(_attribute, (self,), ("T",))
 
     @property
     def mT(self) -> Any:
         """The logical array with its last two axes exchanged."""
-        return implicit(lambda x: x.mT)(self)
+        return call(_attribute, (self,), ("mT",))
 
     @property
     def at(self) -> Any:
@@ -211,7 +298,7 @@ class QuantizedArray(ImplicitArray):
 
     def reshape(self, *shape: Any, **kwargs: Any) -> Any:
         """As `jax.Array.reshape`; stays packed where tiles stay whole."""
-        return implicit(lambda x: x.reshape(*shape, **kwargs))(self)
+        return self._call("reshape", *shape, **kwargs)
 
     def ravel(self) -> Any:
         """As `jax.Array.ravel`."""
@@ -219,39 +306,39 @@ class QuantizedArray(ImplicitArray):
 
     def squeeze(self, axis: Any = None) -> Any:
         """As `jax.Array.squeeze`."""
-        return implicit(lambda x: x.squeeze(axis))(self)
+        return self._call("squeeze", axis)
 
     def transpose(self, *axes: Any) -> Any:
         """As `jax.Array.transpose`; always stays packed."""
-        return implicit(lambda x: x.transpose(*axes))(self)
+        return self._call("transpose", *axes)
 
     def swapaxes(self, axis1: int, axis2: int) -> Any:
         """As `jax.Array.swapaxes`; always stays packed."""
-        return implicit(lambda x: x.swapaxes(axis1, axis2))(self)
+        return self._call("swapaxes", axis1, axis2)
 
     def astype(self, dtype: Any) -> Any:
         """As `jax.Array.astype`; stays packed for floating-point dtypes."""
-        return implicit(lambda x: x.astype(dtype))(self)
+        return self._call("astype", dtype)
 
     def dot(self, other: Any, **kwargs: Any) -> Any:
         """As `jnp.dot(self, other)`."""
-        return implicit(lambda x, y: jnp.dot(x, y, **kwargs))(self, other)
+        return self._call("dot", other, **kwargs)
 
     def sum(self, axis: Any = None, **kwargs: Any) -> Any:
         """As `jax.Array.sum`."""
-        return implicit(lambda x: x.sum(axis, **kwargs))(self)
+        return self._call("sum", axis, **kwargs)
 
     def mean(self, axis: Any = None, **kwargs: Any) -> Any:
         """As `jax.Array.mean`."""
-        return implicit(lambda x: x.mean(axis, **kwargs))(self)
+        return self._call("mean", axis, **kwargs)
 
     def max(self, axis: Any = None, **kwargs: Any) -> Any:
         """As `jax.Array.max`."""
-        return implicit(lambda x: x.max(axis, **kwargs))(self)
+        return self._call("max", axis, **kwargs)
 
     def min(self, axis: Any = None, **kwargs: Any) -> Any:
         """As `jax.Array.min`."""
-        return implicit(lambda x: x.min(axis, **kwargs))(self)
+        return self._call("min", axis, **kwargs)
 
     flatten, copy, take, repeat = map(_method, ("flatten", "copy", "take", "repeat"))
     diagonal, trace, prod, std = map(_method, ("diagonal", "trace", "prod", "std"))
@@ -264,12 +351,12 @@ class QuantizedArray(ImplicitArray):
     @property
     def real(self) -> Any:
         """The real part."""
-        return implicit(lambda x: x.real)(self)
+        return call(_attribute, (self,), ("real",))
 
     @property
     def imag(self) -> Any:
         """The imaginary part."""
-        return implicit(lambda x: x.imag)(self)
+        return call(_attribute, (self,), ("imag",))
 
     @property
     def itemsize(self) -> int:

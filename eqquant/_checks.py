@@ -26,9 +26,11 @@ def as_float_array(where: str, array: Any) -> Array:
     if not hasattr(array, "dtype") or not hasattr(array, "shape"):
         raise TypeError(f"{where} takes an array; it was given {array!r}.")
     if not jnp.issubdtype(array.dtype, jnp.floating):
+        way_out = "Cast it first: array.astype(jnp.float32)."
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            way_out = "Leave it dense; or quantize array.real and array.imag as two arrays, and multiply by each."
         raise TypeError(
-            f"{where} takes a floating-point array; it was given {array.dtype}"
-            f"{list(array.shape)}. Cast it first: array.astype(jnp.float32)."
+            f"{where} takes a floating-point array; it was given {array.dtype}{list(array.shape)}. {way_out}"
         )
     with np.errstate(over="ignore"):  # float64 beyond float32: found as infinite later
         return jnp.asarray(array)
@@ -104,7 +106,7 @@ def check_finite(where: str, array: Array, scale: Array) -> None:
     index = tuple(int(i) for i in bad[0])
     raise ValueError(
         f"{where} takes finite numbers; array[{', '.join(map(str, index))}] is {array[index]} "
-        f"({len(bad)} such elements). Clean it first, e.g. with jnp.nan_to_num."
+        f"({len(bad)} such elements). An array that is meant to hold them, such as a mask, has to stay dense."
     )
 
 

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jaxtyping
+from jax import export
 from jax._src import core as _core, dispatch as _dispatch, source_info_util as _source_info
+from jax._src.export import _export
 from jax._src.interpreters import partial_eval as _partial_eval
 from jax._src.named_sharding import UnspecifiedValue as _UnspecifiedValue
 from jax._src.sharding_impls import (
@@ -45,6 +47,7 @@ __all__ = [
     "gpu_kind",
     "has_explicit_axes",
     "instantiate_zero",
+    "is_eager",
     "is_partitioned",
     "is_specified_sharding",
     "is_unset",
@@ -55,6 +58,7 @@ __all__ = [
     "optimization_barrier",
     "output_aval",
     "primitive_names",
+    "register_node_serialization",
     "scan_counts",
     "source_frame",
     "takes_triton",
@@ -66,6 +70,17 @@ __all__ = [
 apply_primitive = _dispatch.apply_primitive
 weakly_cached: Callable[..., Any] = _weakref_lru_cache
 """Caches results as long as the first argument lives, if they do not hold it."""
+
+
+def is_eager() -> bool:
+    """Whether operations are computed now: no function is being traced or transformed."""
+    return _core.trace_state_clean()
+
+
+def register_node_serialization(cls: type, *, serialized_name: str, **functions: Any) -> None:
+    """As `jax.export.register_pytree_node_serialization`; but of two classes of one name, the last one is read."""
+    _export.deserialization_registry.pop(serialized_name, None)
+    export.register_pytree_node_serialization(cls, serialized_name=serialized_name, **functions)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:

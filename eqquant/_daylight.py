@@ -30,6 +30,8 @@ class MaterializeError(RuntimeError):
 Mode = Literal["warn", "ignore", "error"]
 _MODES = typing.get_args(Mode)
 _mode: contextvars.ContextVar[Mode | None] = contextvars.ContextVar("mode", default=None)
+_default_mode: list[Mode | None] = [None]
+"""What `set_on_materialize` said, in one place for all threads."""
 _records: contextvars.ContextVar[list["AuditRow"] | None] = contextvars.ContextVar(
     "records", default=None
 )
@@ -65,7 +67,7 @@ class AuditRow:
 
 def materialize_mode() -> Mode:
     """What happens now when an operation materializes a quantized array."""
-    mode = _mode.get() or os.environ.get("EQQUANT_ON_MATERIALIZE", "warn")
+    mode = _mode.get() or _default_mode[0] or os.environ.get("EQQUANT_ON_MATERIALIZE", "warn")
     if mode not in _MODES:
         raise ValueError(
             f"EQQUANT_ON_MATERIALIZE must be one of {', '.join(_MODES)}; it is {mode!r}."
@@ -77,9 +79,9 @@ def materialize_mode() -> Mode:
 def on_materialize(mode: Mode) -> Iterator[None]:
     """Says what happens when an operation has no packed form and materializes its operands.
 
-    It acts while functions are *traced*: enclose the first call of a jitted function. The default
-    is taken from the environment variable `EQQUANT_ON_MATERIALIZE`, else `"warn"`. A whole format
-    is silenced by its class attribute `warn_on_materialize = False`.
+    It acts while functions are *traced*: enclose the first call of a jitted function. Threads that are started
+    inside do not inherit it. The default is what [`set_on_materialize`][eqquant.set_on_materialize] said, else
+    the environment variable `EQQUANT_ON_MATERIALIZE`, else `"warn"`. A whole format is silenced by its class attribute `warn_on_materialize = False`.
 
     **Arguments:**
 
@@ -98,8 +100,7 @@ def on_materialize(mode: Mode) -> Iterator[None]:
             y = jnp.sin(q)
         ```
     """
-    if mode not in _MODES:
-        raise ValueError(f"mode must be one of {', '.join(_MODES)}; on_materialize({mode!r}).")
+    _check_mode("on_materialize", mode)
     token = _mode.set(mode)
     try:
         yield
@@ -107,12 +108,42 @@ def on_materialize(mode: Mode) -> Iterator[None]:
         _mode.reset(token)
 
 
+def set_on_materialize(mode: Mode | None) -> None:
+    """Says for the whole process, threads included, what happens when an operation has no packed form. Inside
+    [`on_materialize`][eqquant.on_materialize] and [`strict`][eqquant.strict], these decide.
+
+    It acts while functions are *traced*: call it first.
+
+    **Arguments:**
+
+    - `mode`: as for `on_materialize`; None goes back to the environment variable `EQQUANT_ON_MATERIALIZE`, or to `"warn"`.
+
+    !!! example
+
+        ```python
+        import eqquant as eqq
+
+        eqq.set_on_materialize("error")  # strict, in threads too
+        eqq.set_on_materialize(None)
+        ```
+    """
+    if mode is not None:
+        _check_mode("set_on_materialize", mode)
+    _default_mode[0] = mode
+
+
+def _check_mode(where: str, mode: Any) -> None:
+    if mode not in _MODES:
+        raise ValueError(f"mode must be one of {', '.join(_MODES)}; {where}({mode!r}).")
+
+
 def strict() -> contextlib.AbstractContextManager[None]:
     """Inside this context, an operation that would materialize a quantized array raises
     [`MaterializeError`][eqquant.MaterializeError] instead: `on_materialize("error")`.
 
-    Threads that are started inside do not inherit it. For a whole process, set the environment variable
-    `EQQUANT_ON_MATERIALIZE` to `error`: it is read each time.
+    Threads that are started inside do not inherit it. For a whole process there is
+    [`set_on_materialize("error")`][eqquant.set_on_materialize], or the environment variable `EQQUANT_ON_MATERIALIZE=error`,
+    which is read each time.
 
     !!! example
 
@@ -180,33 +211,86 @@ def describe(x: Any) -> str:
     return f"{kind} {name}[{','.join(map(str, np.shape(x)))}]"
 
 
+@dataclass(frozen=True)
+class MadeDense:
+    """That implicit arrays became dense in an operation: all that a report needs, without the arrays."""
+
+    primitive: str
+    operands: tuple[str, ...]
+    label: str
+    formats: tuple[type, ...]
+    packed: tuple[str, ...]
+    nbytes: int
+
+
+_collected: contextvars.ContextVar[list[MadeDense] | None] = contextvars.ContextVar(
+    "collected", default=None
+)
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[MadeDense]]:
+    """Collects what would be reported, for a program that is kept and reports it whenever it runs. An error is
+    raised all the same. Functions that were traced before are traced again inside."""
+    made_dense: list[MadeDense] = []
+    token, number = _collected.set(made_dense), _recording_number.set(next(_recording_numbers))
+    try:
+        yield made_dense
+    finally:
+        _collected.reset(token)
+        _recording_number.reset(number)
+
+
+def is_recording() -> bool:
+    """Whether an audit is being made."""
+    return _records.get() is not None
+
+
 def report_materialized(primitive: str, operands: Sequence[Any], label: str | None = None) -> None:
     """Makes it visible that the implicit arrays among `operands` become dense in `primitive`.
 
     The warning speaks of `label` instead, if given: a line of code warns once for each label.
     """
     implicit = [x for x in operands if isinstance(x, ImplicitArray)]
-    nbytes = sum(dense_nbytes(x) for x in implicit)
+    made_dense = MadeDense(
+        primitive,
+        tuple(map(describe, operands)),
+        label or f"`{primitive}`",
+        tuple(map(type, implicit)),
+        tuple(map(describe, implicit)),
+        sum(dense_nbytes(x) for x in implicit),
+    )
+    collected = _collected.get()
+    if collected is None or is_recording() or materialize_mode() == "error":
+        report(made_dense)
+    else:
+        collected.append(made_dense)
+
+
+def report(made_dense: MadeDense) -> None:
+    """Records it, warns or raises, as the mode says, with the line of user code that is running."""
     if (records := _records.get()) is not None:
         line = str(_compat.source_frame())
         records.append(
-            AuditRow(primitive, tuple(map(describe, operands)), "densified", nbytes, line)
+            AuditRow(
+                made_dense.primitive, made_dense.operands, "densified", made_dense.nbytes, line
+            )
         )
         return
     mode = materialize_mode()
-    if mode == "ignore" or nbytes == 0:
+    if mode == "ignore" or made_dense.nbytes == 0:
         return
     frame = _compat.source_frame()
     message = (
-        f"{label or f'`{primitive}`'} has no packed form for "
-        f"{', '.join(describe(x) for x in implicit)}: {format_bytes(nbytes)} made dense at {frame}."
+        f"{made_dense.label} has no packed form for {', '.join(made_dense.packed)}: "
+        f"{format_bytes(made_dense.nbytes)} made dense at {frame}."
     )
     if mode == "error":
         raise MaterializeError(
             f"{message} Allow it with eqquant.on_materialize('warn'), materialize it yourself, or "
             "add a rule with eqquant.register."
         )
-    if any(type(x).warn_on_materialize for x in implicit):
+    if any(each.warn_on_materialize for each in made_dense.formats):
         warnings.warn_explicit(
             f"{message} eqquant.audit shows every such place; eqquant.on_materialize('ignore') "
             "silences this.",

@@ -6,7 +6,6 @@ follows from the fields of a class, so that a format has nothing to write for it
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +15,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from ._facts import class_named, decoded, encoded, is_static, name_of, version_of
 from ._implicit_array import ImplicitArray
-from .coding import Coding
-from .tiles import Packing, Tile
 
 
 Description = dict[str, Any]
@@ -187,11 +185,11 @@ def _describe(module: eqx.Module) -> Description:
     facts, leaves = {}, {}
     for field in dataclasses.fields(module):  # pyright: ignore[reportArgumentType]
         value, where = getattr(module, field.name), f"{cls.__name__}.{field.name}"
-        if _is_static(field):
-            facts[field.name] = _encoded(value, where)
+        if is_static(field):
+            facts[field.name] = encoded(value, where)
         else:
             leaves[field.name] = _leaf_described(value, where)
-    head = {"class": _name(cls), "version": _version(cls)}
+    head = {"class": name_of(cls), "version": version_of(cls)}
     logical = _logical(module) if isinstance(module, ImplicitArray) else {}
     return {**head, **logical, "facts": facts, "leaves": leaves}
 
@@ -227,17 +225,17 @@ def _build(description: Description) -> Any:
     if stored.keys() != fields.keys():
         odd = min(stored.keys() ^ fields.keys())
         how = "does not have" if odd in fields else "has, and the class does not"
-        raise ValueError(f"{_name(cls)}.{odd} is a field that this description {how}.")
+        raise ValueError(f"{name_of(cls)}.{odd} is a field that this description {how}.")
     module = object.__new__(cls)  # a constructor may take other arguments than the fields
     for name, field in fields.items():
         where = f"{cls.__name__}.{name}"
-        value = _decoded(stored[name], where) if _is_static(field) else _leaf_built(stored[name])
+        value = decoded(stored[name], where) if is_static(field) else _leaf_built(stored[name])
         object.__setattr__(module, name, value)
     if isinstance(module, ImplicitArray):
         want = {name: description.get(name) for name in ("shape", "dtype")}
         if (got := _logical(module)) != want:
             raise ValueError(
-                f"This description of {_name(cls)} says {want}, but its facts and leaves are of an array of {got}."
+                f"This description of {name_of(cls)} says {want}, but its facts and leaves are of an array of {got}."
             )
     return module
 
@@ -258,98 +256,21 @@ def _entry(description: Any, name: str) -> Any:
     return description[name]
 
 
-def _is_static(field: dataclasses.Field) -> bool:
-    return field.metadata.get("static", False)
-
-
-# ------------------------------------------------------------------------------- names of classes
-
-
-def _name(cls: type) -> str:
-    """The name of a class in descriptions: files keep it, so that of this library says nothing about modules."""
-    ours = cls.__module__.split(".")[0] == __name__.split(".")[0]
-    return cls.__qualname__ if ours else f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _version(cls: type) -> int:
-    return getattr(cls, "description_version", 1)
-
-
-def _named(name: str, base: type) -> Any:
-    """The class of this name among all that derive from `base`; of two, the one that was defined last. None if there is
-    none."""
-    found, waiting = {}, [base]
-    while waiting:
-        cls = waiting.pop(0)
-        found[_name(cls)] = cls
-        waiting += cls.__subclasses__()
-    return found.get(name)
-
-
 def _class_of(description: Description) -> Any:
     name, version = _entry(description, "class"), _entry(description, "version")
-    if (cls := _named(name, eqx.Module)) is None:
+    if (cls := class_named(name, eqx.Module)) is None:
         way_out = (
             f"import {name.split(':')[0]}, which defines it, first"
             if ":" in name
             else "was it described by a later version of eqquant?"
         )
         raise ValueError(f"No class of the name {name!r} is known: {way_out}.")
-    if version != _version(cls):
+    if version != version_of(cls):
         raise ValueError(
-            f"This description of {name} is of version {version}, but its class is of version {_version(cls)}: read it "
+            f"This description of {name} is of version {version}, but its class is of version {version_of(cls)}: read it "
             "with the release that wrote it, and quantize again."
         )
     return cls
-
-
-# --------------------------------------------------------------------------------- static facts
-
-
-def _encoded(value: Any, where: str) -> Any:
-    """A static fact as plain data."""
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else {"float": str(float(value))}
-    if isinstance(value, np.dtype):
-        return {"dtype": value.name}
-    if type(value) is tuple:
-        return [_encoded(each, where) for each in value]
-    if type(value) in (Packing, Tile):
-        parts = value._asdict()
-    elif isinstance(value, Coding):
-        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    else:
-        raise TypeError(
-            f"{where} is a static fact of type {type(value).__name__}, which a description cannot say: it says None, "
-            "bool, int, float, str, np.dtype, Packing, Tile, Coding, and tuples of these. Keep one of them in the field, and "
-            "compute the rest from it in a property."
-        )
-    return {_name(type(value)): {name: _encoded(part, where) for name, part in parts.items()}}
-
-
-def _decoded(value: Any, where: str) -> Any:
-    """The inverse of `_encoded`."""
-    if isinstance(value, list):
-        return tuple(_decoded(each, where) for each in value)
-    if not isinstance(value, dict):
-        return value
-    ((kind, parts),) = value.items()
-    if kind in _SCALARS:
-        return _SCALARS[kind](parts)
-    cls = _RECORDS.get(kind) or _named(kind, Coding)
-    if cls is None:
-        raise ValueError(
-            f"{where} is a fact of the unknown type {kind!r} in this description: import the module that defines it first."
-        )
-    return cls(**{name: _decoded(part, where) for name, part in parts.items()})
-
-
-_SCALARS = {"float": float, "dtype": jnp.dtype}
-_RECORDS = {"Packing": Packing, "Tile": Tile}
 
 
 # ------------------------------------------------------------------------------ in a file, checked

@@ -8,6 +8,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from ._exporting import exportable
+
 
 class ImplicitArray(eqx.Module):
     """A pytree that stands for an array: the type that rules are dispatched on.
@@ -29,6 +31,10 @@ class ImplicitArray(eqx.Module):
     """The shape of the array this stands for."""
     dtype: eqx.AbstractVar[np.dtype]
     """The dtype of the array this stands for."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        exportable(cls)
 
     def materialize(self) -> Array:
         """The dense array of `shape` and `dtype` that this stands for."""

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from . import _sharding
 from ._array import QuantizedArray
 from ._compat import promote_types
+from ._exporting import exportable
 from .coding import Coding
 from .tiles import (
     BlockSize,
@@ -59,6 +60,10 @@ class StoredFactor(eqx.Module):
     """Whether the numbers are quantized in groups of their own: such an array cannot always be cut as its numbers are."""
     description_version: ClassVar[int] = 1
     """As that of an array."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        exportable(cls)
 
     def leaves(self, shape: tuple[int, ...], block_size: BlockSize) -> dict[str, Leaf]:
         """Its stored leaves. Raises `Unaligned` if it cannot be cut as the logical array is."""

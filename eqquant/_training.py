@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float
 
 from ._checks import as_float_array, check_choice, normalize_axes
+from ._exporting import exportable
 from ._implicit import is_implicit
 from ._implicit_array import as_dense, in_row_major
 from ._scaled import AbstractScaledArray
@@ -187,6 +188,7 @@ def _largest(q: Any) -> Array:
     return jnp.maximum(*map(jnp.abs, ends)) * slack
 
 
+@exportable
 class LearnedStep(eqx.Module):
     r"""8-bit rounding with a step that is learned: $\hat x = s \, \mathrm{round}(\mathrm{clip}(x / s, \pm 127))$.
 

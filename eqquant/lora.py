@@ -1,104 +1,22 @@
-"""Low-rank adapters over dense or quantized weights ([LoRA](https://arxiv.org/abs/2106.09685)).
+"""Low-rank adapters over dense or quantized weights ([LoRA](https://arxiv.org/abs/2106.09685))."""
 
-| operation                     | an adapted weight                                                  |
-|-------------------------------|--------------------------------------------------------------------|
-| `transpose` of the last axes  | stays adapted: the factors change places                           |
-| `dot_general`                 | three products: with the base, and with each factor                |
-| cast to a floating-point dtype| stays adapted                                                      |
-| `neg`, `mul`, `div` by a scalar | stays adapted: base and second factor take it                    |
-| all else                      | dense                                                              |
-"""
-
-import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
-from jax import Array, lax
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from ._array import QuantizedArray
-from ._compat import promote_types
-from ._dispatch import apply, register
+from ._adapted import AdaptedArray as AdaptedArray
 from ._implicit import is_implicit
-from ._implicit_array import as_dense, ImplicitArray, without_views
 from ._model import identity, map_arrays, matching_paths, path_name, quantize
 from ._report import Report, report
 
 
 Tree = TypeVar("Tree")
-
-
-class AdaptedArray(QuantizedArray):
-    r"""A weight with a low-rank adapter: $W + \alpha\, B A$.
-
-    Made by [`lora.add`][eqquant.lora.add]. It is used as any quantized array; a product takes three:
-    with the base, and with each factor.
-    """
-
-    base: Array | ImplicitArray
-    """$W$, of shape (..., out, in), dense or quantized. Not trained."""
-    a: Float[Array, "... rank in"]
-    """$A$. Random at first."""
-    b: Float[Array, "... out rank"]
-    """$B$. Zero at first."""
-    scale: float = eqx.field(static=True)
-    r"""$\alpha$: `alpha / rank`, or `alpha / sqrt(rank)` (rank-stabilized)."""
-    dropout_rate: float = eqx.field(static=True)
-    """The share of inputs that [`lora.dropout`][eqquant.lora.dropout] hides from the adapter."""
-
-    casts: tuple[np.dtype, ...] = eqx.field(static=True, default=())
-    """The dtypes that the weight was cast to, one after another; the last is its own."""
-
-    trained: ClassVar[tuple[str, ...]] = ("a", "b")
-
-    def __check_init__(self) -> None:
-        *batch, out, inner = self.base.shape
-        rank = self.a.shape[-2]
-        if self.a.shape != (*batch, rank, inner) or self.b.shape != (*batch, out, rank):
-            raise ValueError(
-                f"The factors of a weight of shape {self.base.shape} must have the shapes (..., rank, "
-                f"{inner}) and (..., {out}, rank); they have {self.a.shape} and {self.b.shape}."
-            )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the weight."""
-        return self.casts[-1] if self.casts else self.base.dtype
-
-    def materialize(self) -> Array:
-        """$W + \\alpha B A$, summed in float32 (float64 if a part is), then cast as `casts` says."""
-        base = as_dense(self.base)
-        wide = promote_types(base.dtype, self.a.dtype, jnp.float32)
-        product = self.b.astype(wide) @ self.a.astype(wide)
-        weight = base.astype(wide) + self.scale * product
-        for dtype in (base.dtype, *self.casts):
-            weight = weight.astype(dtype)
-        return weight
-
-    def without_views(self) -> "AdaptedArray":
-        base = without_views(self.base)
-        return self if base is self.base else self.replace(base=base)
-
-    def per_element_along(self, axes: Sequence[int] = (0,)) -> "AdaptedArray | None":
-        base = (
-            self.base.per_element_along(axes) if isinstance(self.base, ImplicitArray) else self.base
-        )
-        inside = all(axis < len(self.shape) - 2 for axis in axes)
-        return self.replace(base=base) if inside and base is not None else None
-
-    def replace(self, **changes: Any) -> "AdaptedArray":
-        """A copy with some of its fields changed."""
-        return dataclasses.replace(self, **changes)
 
 
 # ------------------------------------------------------------------------------ models in and out
@@ -114,6 +32,7 @@ def add(
     rank_stabilized: bool = False,
     dropout: float | int = 0.0,
     dtype: Any = jnp.float32,
+    window_axes: int | Mapping[str, int] | None = None,
 ) -> Tree:
     r"""`model` with adapters on its weights. At first it computes exactly what it did before.
 
@@ -122,18 +41,24 @@ def add(
     - `model`: any pytree; its weights may be quantized.
     - `paths`: which weights get adapters: a pattern, or several, as in
         [`quantize`][eqquant.quantize]. By default all matrices.
-    - `key`: for the first factor, which is uniform between $\pm 1 / \sqrt{\mathrm{in}}$.
+    - `key`: for the first factor, which is uniform between $\pm 1 / \sqrt{n}$, with the $n$ elements of a row.
     - `rank`: the number of rows of $A$ and columns of $B$.
     - `alpha`: the adapter is scaled by `alpha / rank`, or by `alpha / sqrt(rank)` if `rank_stabilized`
         ([rsLoRA](https://arxiv.org/abs/2312.03732)).
     - `dropout`: the share of inputs that [`lora.dropout`][eqquant.lora.dropout] hides from the adapters.
     - `dtype`: of the adapters.
+    - `window_axes`: how many of the last axes of a weight are the window of a convolution, whose kernel is (..., out, in,
+        *window): 0 for a matrix, and for a stack of matrices. The layers of `eqx.nn` say it themselves, also where they
+        are stacked, and a weight of two axes is a matrix. For any other it has to be said here: by a number, or by a
+        mapping from patterns to numbers; the first pattern that matches wins.
 
     **Returns:** a model in which an [`AdaptedArray`][eqquant.lora.AdaptedArray] stands for each of these
-    weights. Weights that occur twice share an adapter.
+    weights. Weights that occur twice share an adapter. That of a kernel is one of the matrix (out, in · window), not one for
+    each point of the window.
 
     **Raises:** `ValueError` if a pattern matches nothing (it lists the nearest paths), or an argument is
-    out of range: `rank` is if it is above both sides of a weight.
+    out of range: `rank` is if it is above both sides of a weight; if a weight has three axes or more, and neither its layer nor
+    `window_axes` says what they are; or if the two say different things.
 
     !!! example
 
@@ -158,6 +83,7 @@ def add(
     scale = float(alpha / (rank**0.5 if rank_stabilized else rank))
     patterns = [paths] if isinstance(paths, str) else list(paths)
     chosen = {name for pattern in patterns for name in matching_paths(model, pattern)}
+    windows = _windows(model, chosen, window_axes)
     done: dict[Any, AdaptedArray] = {}
 
     def adapt(path: Any, weight: Any) -> Any:
@@ -166,21 +92,95 @@ def add(
             return weight
         tie = identity(weight)
         if tie not in done:
-            *batch, out, inner = weight.shape
-            if rank > max(out, inner):
+            window = windows[name]
+            first = len(weight.shape) - 2 - window
+            (*batch, out), inner = weight.shape[: first + 1], weight.shape[first + 1 :]
+            length = math.prod(inner)
+            if rank > max(out, length):
                 raise ValueError(
                     f"rank must not be above both sides of a weight; lora.add(..., rank={rank}) was given {rank}, and "
-                    f"{name!r} has the shape {tuple(weight.shape)}. Choose a smaller one, or leave this weight out of "
-                    "paths."
+                    f"{name!r} has the shape {tuple(weight.shape)}{_sides(out, length) if window else ''}. Choose a smaller "
+                    "one, or leave this weight out of paths."
                 )
             own = jax.random.fold_in(key, len(done))
-            bound = inner**-0.5
-            a = jax.random.uniform(own, (*batch, rank, inner), dtype, -bound, bound)
+            bound = length**-0.5
+            a = jax.random.uniform(own, (*batch, rank, *inner), dtype, -bound, bound)
             b = jnp.zeros((*batch, out, rank), dtype)
-            done[tie] = AdaptedArray(weight, a, b, scale, float(dropout))  # pyright: ignore
+            done[tie] = AdaptedArray(weight, a, b, scale, float(dropout), window_axes=window)  # pyright: ignore
         return done[tie]
 
     return jtu.tree_map_with_path(adapt, model, is_leaf=is_implicit)
+
+
+def _sides(out: int, length: int) -> str:
+    return f", as a matrix ({out}, {length})"
+
+
+_LAYERS = (
+    eqx.nn.Conv,
+    eqx.nn.ConvTranspose,
+    eqx.nn.Embedding,
+    eqx.nn.GRUCell,
+    eqx.nn.Linear,
+    eqx.nn.LSTMCell,
+)
+"""The layers whose weights are known to be matrices, or kernels of as many axes as `num_spatial_dims` says."""
+
+
+def _windows(
+    model: Any, chosen: set[str], window_axes: int | Mapping[str, int] | None
+) -> dict[str, int]:
+    """How many axes the window has of each weight that is chosen, by path."""
+    weights = {
+        path_name(path): tuple(weight.shape)
+        for path, weight in jtu.tree_leaves_with_path(model, is_leaf=is_implicit)
+        if path_name(path) in chosen and not isinstance(weight, AdaptedArray)
+    }
+    of_layers = _windows_of_layers(model)
+    known = {name: 0 for name, shape in weights.items() if len(shape) == 2} | of_layers
+    said: dict[str, int] = {}
+    if isinstance(window_axes, Mapping):
+        for pattern, count in window_axes.items():
+            for name in matching_paths(model, pattern):
+                said.setdefault(name, count)
+    elif window_axes is not None:
+        said = dict.fromkeys(weights.keys() - known.keys(), window_axes)
+    windows = known | said
+    for name, shape in weights.items():
+        if (count := windows.get(name)) is None:
+            raise ValueError(
+                f"{name!r} has the shape {shape}, and lora.add cannot see whether it is a stack of matrices (out, in) or the "
+                "kernel (out, in, *window) of a convolution: it is in no layer of eqx.nn. Say it with window_axes=0 for "
+                f"matrices, or with the number of axes of the window; by pattern, as window_axes={{{name!r}: 0}}, where "
+                "weights differ."
+            )
+        if not 0 <= count <= len(shape) - 2:
+            raise ValueError(
+                f"window_axes must leave two axes, out and in; lora.add(..., window_axes={window_axes!r}) gives {count} for "
+                f"{name!r} of shape {shape}."
+            )
+        if name in of_layers and count != of_layers[name]:
+            raise ValueError(
+                f"The layer of {name!r} has a window of {of_layers[name]} axes; lora.add(..., window_axes={window_axes!r}) says "
+                f"{count}. Leave it out there."
+            )
+    return windows
+
+
+def _windows_of_layers(tree: Any, prefix: tuple[Any, ...] = ()) -> dict[str, int]:
+    """The axes of the window, by path, of all weights in layers of `eqx.nn`."""
+
+    def stops(x: Any) -> bool:
+        return is_implicit(x) or (isinstance(x, _LAYERS) and x is not tree)
+
+    known, count = {}, getattr(tree, "num_spatial_dims", 0)
+    for path, x in jtu.tree_leaves_with_path(tree, is_leaf=stops):
+        path = (*prefix, *path)
+        if isinstance(x, _LAYERS):
+            known |= _windows_of_layers(x, path)
+        elif isinstance(tree, _LAYERS):
+            known[path_name(path)] = count
+    return known
 
 
 def adapters(model: Any) -> Any:
@@ -210,7 +210,7 @@ def dropout(model: Tree, key: PRNGKeyArray) -> Tree:
     and the others larger, so that the mean is kept.
 
     Inputs of one call are hidden from all its tokens alike; give each example its key under `vmap` to
-    have them differ.
+    have them differ. Of a convolution, whole channels are hidden.
     """
     count = iter(range(10**9))
 
@@ -218,7 +218,8 @@ def dropout(model: Tree, key: PRNGKeyArray) -> Tree:
         if not isinstance(x, AdaptedArray) or not x.dropout_rate:
             return x
         kept = 1 - x.dropout_rate
-        shape = (*x.a.shape[:-2], 1, x.a.shape[-1])
+        first = x.out_axis
+        shape = (*x.a.shape[:first], 1, x.a.shape[first + 1], *[1] * x.window_axes)
         mask = jax.random.bernoulli(jax.random.fold_in(key, next(count)), kept, shape)
         return x.replace(a=jnp.where(mask, x.a / kept, 0))
 
@@ -265,98 +266,3 @@ def merge(model: Tree, how: Any = None) -> tuple[Tree, Report]:
         is_leaf=lambda x: x is None or is_implicit(x),
     )
     return together, report(dense, merged)
-
-
-# ------------------------------------------------------------------------------------------ rules
-
-
-def _one(primitive: Any, *operands: Any, **params: Any) -> Any:
-    if any(map(is_implicit, operands)):
-        return apply(primitive, operands, params)[0]
-    return primitive.bind(*operands, **params)
-
-
-@register(lax.transpose_p)
-def transpose_adapted(primitive: Any, x: AdaptedArray, *, permutation: Any, **params: Any) -> Any:
-    n = len(permutation)
-    if tuple(permutation[:-2]) != tuple(range(n - 2)):
-        return NotImplemented
-    if permutation[-1] == n - 1:
-        return x
-    # (W + s B A)^T = W^T + s A^T B^T.
-    base, a, b = (
-        _one(primitive, each, permutation=permutation, **params) for each in (x.base, x.b, x.a)
-    )
-    return x.replace(base=base, a=a, b=b)
-
-
-@register(lax.convert_element_type_p)
-def convert_element_type_adapted(
-    primitive: Any, x: AdaptedArray, *, new_dtype: Any, **params: Any
-) -> Any:
-    if not jnp.issubdtype(new_dtype, jnp.floating):
-        return NotImplemented
-    return x.replace(casts=(*x.casts, jnp.dtype(new_dtype)))
-
-
-@register(lax.neg_p)
-def neg_adapted(primitive: Any, x: AdaptedArray, **params: Any) -> Any:
-    return x.replace(base=_one(primitive, x.base, **params), b=-x.b)
-
-
-@register(lax.mul_p, lax.div_p)
-def mul_adapted_scalar(primitive: Any, x: AdaptedArray, y: Array, **params: Any) -> Any:
-    return _by_scalar(primitive, x, y, params)
-
-
-@register(lax.mul_p)
-def mul_scalar_adapted(primitive: Any, x: Array, y: AdaptedArray, **params: Any) -> Any:
-    return _by_scalar(primitive, y, x, params)
-
-
-def _by_scalar(primitive: Any, x: AdaptedArray, scalar: Array, params: dict[str, Any]) -> Any:
-    # (W + s B A) c = W c + s (B c) A.
-    if scalar.ndim or x.casts or scalar.dtype != x.dtype or params.get("out_dtype") is not None:
-        return NotImplemented
-    b = x.b.astype(promote_types(x.b.dtype, jnp.float32))
-    base = _one(primitive, x.base, scalar, **params)
-    return x.replace(base=base, b=primitive.bind(b, scalar.astype(b.dtype), **params))
-
-
-@register(lax.dot_general_p)
-def dot_general_array_adapted(
-    primitive: Any, x: Array, w: AdaptedArray, *, dimension_numbers: Any, **params: Any
-) -> Any:
-    wc, wb = (pair[1] for pair in dimension_numbers)
-    n = len(w.shape)
-    if len(wc) != 1 or tuple(wb) != tuple(range(n - 2)) or wc[0] < n - 2:
-        return NotImplemented
-    if params.get("out_sharding") is not None:
-        return NotImplemented
-    # x (W + s B A)^T = x W^T + s (x A^T) B^T; along the other axis the factors change places.
-    near, far = (w.a, w.b) if wc[0] == n - 1 else (w.b, w.a)
-    base = w.base
-    if base.dtype != w.dtype:
-        base = _one(
-            lax.convert_element_type_p, base, new_dtype=w.dtype, weak_type=False, sharding=None
-        )
-    y = _one(primitive, x, base, dimension_numbers=dimension_numbers, **params)
-    wide = dict(params, preferred_element_type=promote_types(y.dtype, near.dtype))
-    inner = primitive.bind(x, near, dimension_numbers=dimension_numbers, **wide)
-    batch = tuple(range(len(wb)))
-    numbers = (((inner.ndim - 1,), (n - 1 if wc[0] == n - 1 else n - 2,)), (batch, batch))
-    outer = primitive.bind(inner, far, dimension_numbers=numbers, **wide)
-    return (y + w.scale * outer).astype(y.dtype)
-
-
-@register(lax.dot_general_p)
-def dot_general_adapted_array(
-    primitive: Any, w: AdaptedArray, x: Array, *, dimension_numbers: Any, **params: Any
-) -> Any:
-    (wc, xc), (wb, xb) = dimension_numbers
-    y = dot_general_array_adapted(primitive, x, w, dimension_numbers=((xc, wc), (xb, wb)), **params)
-    if y is NotImplemented:
-        return NotImplemented
-    # y has the batch axes, the free axes of x, that of w: the last comes before the others.
-    batch = len(wb)
-    return lax.transpose(y, [*range(batch), y.ndim - 1, *range(batch, y.ndim - 1)])

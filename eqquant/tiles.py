@@ -391,7 +391,8 @@ def join(leaves: Sequence[Leaf], axis: int) -> Leaf:
         leaves[-1].is_constant_along(axis) and lengths[-1] <= tile.size and not first.holds_codes
     )
     whole = all(n % tile.size == 0 for n in lengths[:-1])
-    if sizes or not fits_last or not whole or any(n == 0 for n in lengths):
+    alike = len({leaf.array.dtype for leaf in leaves}) == 1
+    if sizes or not alike or not fits_last or not whole or any(n == 0 for n in lengths):
         raise Unaligned
     array = lax.concatenate([leaf.array for leaf in leaves], axis)
     return first.with_axis(axis, array, tile, sum(lengths))

@@ -1,6 +1,7 @@
 """What many tests share: inputs, a loop of training, sentences of errors, cases that take turns."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from eqquant import _compat, _dispatch, testing
+from eqquant import _compat, _dispatch, lora, testing
 
+
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+"""Whether all cases run. Otherwise the formats take turns, so that each meets many cases and each case some formats."""
 
 # The others take turns: each program takes its time to compile.
 STRATEGIES = {"Array8B": testing.FORMATS["Array8B"], "any format": testing.arrays}
@@ -25,6 +29,21 @@ def examples(share: float) -> hypothesis.settings:
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
+
+
+ADAPTED_BASES = {"dense": lambda w: w} | {
+    name: testing.QUANTIZERS[name] for name in ("int8", "nf4 double", "ternary")
+}
+
+
+def adapted_array(
+    *shape: int, base: str = "nf4 double", rank: int = 3, window_axes: int = 0
+) -> lora.AdaptedArray:
+    """Random numbers with an adapter that does something."""
+    out = len(shape) - 2 - window_axes
+    shapes = (shape, (*shape[:out], rank, *shape[out + 1 :]), (*shape[: out + 1], rank))
+    w, a, b = (normal(*each, seed=seed) for seed, each in enumerate(shapes))
+    return lora.AdaptedArray(ADAPTED_BASES[base](w), a, b, 0.5, 0.0, window_axes=window_axes)
 
 
 def small_mlp() -> eqx.nn.MLP:
@@ -61,7 +80,8 @@ def train(
 
 def in_turns(cases: Iterable[Any], others: Sequence[Any], each: int) -> list[tuple[Any, Any]]:
     """Each case with so many of the others, and each of these about equally often: where all pairs would take
-    too long."""
+    too long. Nightly, all of them."""
+    each = len(others) if NIGHTLY else each
     return [
         (case, others[(i * each + j) % len(others)])
         for i, case in enumerate(cases)
@@ -84,5 +104,6 @@ def own_table() -> Iterator[None]:
         resolvers.clear()
         resolvers.update(before)
         _dispatch._resolved.clear()
+        _dispatch._table_version += 1
         testing.LAWS.clear()
         testing.LAWS.update(laws)

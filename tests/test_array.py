@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from helpers import in_turns
 from jaxtyping import Array, Float, jaxtyped
 
 import eqquant as eqq
@@ -254,8 +255,9 @@ def test_numpy_makes_it_dense_in_daylight(save):
         save(q)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), in_turns(LAYOUTS, [jnp.bfloat16, jnp.float16, jnp.float32], each=2)
+)
 def test_programs_may_forbid_promotion(name, dtype):
     w = jax.random.normal(jax.random.key(0), (16, 64), dtype)
     with jax.numpy_dtype_promotion("strict"):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from helpers import normal
+from helpers import in_turns, normal
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec as P
 
@@ -41,8 +41,9 @@ def test_it_is_the_same_array(name):
     assert "ColumnMajor(float32[5,70]" in repr(columns)
 
 
-@each_format
-@pytest.mark.parametrize("inputs", [(70,), (1, 70), (3, 70)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "inputs"), in_turns(FORMATS, [(70,), (1, 70), (3, 70)], each=2), ids=str
+)
 def test_products(name, inputs):
     rows, columns = pair(name, 600, 70)
     x = jax.random.normal(jax.random.key(1), inputs)

@@ -21,7 +21,7 @@ from hypothesis import given
 from test_extending import ArraySmallFloat, int5_arrays, small_floats
 
 import eqquant as eqq
-from eqquant import _description, lora, testing
+from eqquant import _description, _facts, lora, testing
 from eqquant.coding import Coding
 from eqquant.testing import QUANTIZERS
 from eqquant.tiles import Packing
@@ -179,8 +179,8 @@ def test_numbers_that_json_does_not_have() -> None:
     q = eqq.CodedScale(jnp.zeros((1, 1), jnp.uint8), coding)
     facts = _description._describe(q)["facts"]
     json.dumps(facts, allow_nan=False)
-    assert _description._decoded(facts["coding"], "") == coding
-    assert json.dumps(_description._encoded((np.int64(4), np.float32(0.5)), "")) == "[4, 0.5]"
+    assert _facts.decoded(facts["coding"], "") == coding
+    assert json.dumps(_facts.encoded((np.int64(4), np.float32(0.5)), "")) == "[4, 0.5]"
 
 
 def test_names_of_our_classes_are_their_own() -> None:

@@ -1,5 +1,6 @@
 """`register`, `implicit`, strict mode, warnings, `audit`, `ste`: the engine seen from outside."""
 
+import concurrent.futures
 import gc
 import warnings
 import weakref
@@ -198,6 +199,33 @@ def test_warnings_can_be_switched_off(q, monkeypatch):
     eqq.implicit(lax.sort)(q)
     with pytest.raises(Exception, match="mode"), eqq.on_materialize("never"):
         pass
+
+
+def in_a_thread(f):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(f).result()
+
+
+def test_a_mode_for_all_threads(q, monkeypatch):
+    sort = lambda: eqq.implicit(lax.sort)(q)  # noqa: E731
+    try:
+        with eqq.strict():
+            eqq.set_on_materialize("ignore")
+            in_a_thread(sort)  # contexts are of one thread
+            with pytest.raises(eqq.MaterializeError):
+                sort()
+        eqq.set_on_materialize("error")
+        monkeypatch.setenv("EQQUANT_ON_MATERIALIZE", "ignore")
+        for run in (sort, lambda: in_a_thread(sort)):
+            with pytest.raises(eqq.MaterializeError):
+                run()
+        with eqq.on_materialize("ignore"):
+            sort()
+        with pytest.raises(Exception, match="mode"):
+            eqq.set_on_materialize("never")
+    finally:
+        eqq.set_on_materialize(None)
+    in_a_thread(sort)  # as the environment says
 
 
 def test_strict_mode_raises_and_offers_ways_out(q):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from helpers import normal
+from helpers import in_turns, normal
 
 import eqquant as eqq
 from eqquant.testing import LAYOUTS, QUANTIZERS
@@ -18,10 +18,10 @@ from eqquant.testing import LAYOUTS, QUANTIZERS
 each_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 
 
-@each_quantizer
-@pytest.mark.parametrize(
-    "shape", [(1,), (7,), (0,), (0, 4), (4, 0), (1, 1), (3, 5), (2, 3, 11), (8, 3, 3, 3)]
-)
+SHAPES = [(1,), (7,), (0,), (0, 4), (4, 0), (1, 1), (3, 5), (2, 3, 11), (8, 3, 3, 3)]
+
+
+@pytest.mark.parametrize(("name", "shape"), in_turns(QUANTIZERS, SHAPES, each=5))
 def test_padding_is_never_visible(name, shape):
     x = normal(*shape)
     q = QUANTIZERS[name](x)
@@ -150,7 +150,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_any_two_formats_in_one_primitive(program):
     x, y = normal(4, 128), normal(4, 128, seed=1)
-    run, names = PROGRAMS[program], list(QUANTIZERS)
+    run, names = PROGRAMS[program], list(LAYOUTS)
     for i, first in enumerate(names):  # each with the next ones, both ways round
         for second in (names[(i + 1) % len(names)], names[(i + 4) % len(names)]):
             a, b = QUANTIZERS[first](x), QUANTIZERS[second](y)
@@ -162,8 +162,10 @@ def test_any_two_formats_in_one_primitive(program):
             )
 
 
-@each_quantizer
-@pytest.mark.parametrize("scalar", [2, 2.0, True, np.float32(2), np.int64(2), np.asarray(2.0)])
+SCALARS = [2, 2.0, True, np.float32(2), np.int64(2), np.asarray(2.0)]
+
+
+@pytest.mark.parametrize(("name", "scalar"), in_turns(LAYOUTS, SCALARS, each=2))
 def test_python_and_numpy_scalars(name, scalar):
     q = QUANTIZERS[name](normal(4, 70))
     dense = q.materialize()
@@ -186,7 +188,7 @@ def test_python_and_numpy_scalars(name, scalar):
 # --------------------------------------------------------------- what stays packed, along which axis
 
 
-@each_quantizer
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_structural_rules_keep_the_packed_form(name):
     """Along other axes than the packed one always; along it where tiles of 320 elements stay whole."""
     q = QUANTIZERS[name](normal(4, 640))

@@ -7,12 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import normal
 
 import eqquant as eqq
+from eqquant.kernels import quantized_dot_general
 from eqquant.kernels.matmul import xla
 from eqquant.kernels.matmul.axes import Axes
+from eqquant.kernels.matmul.choice import IMPLEMENTATIONS
 from eqquant.kernels.matmul.cpu import tiled
 from eqquant.kernels.matmul.product import Product, Target
+from eqquant.testing import LAYOUTS
+from eqquant.tiles import broadcastable
 
 
 pytestmark = pytest.mark.usefixtures("fully_optimized")
@@ -86,6 +91,61 @@ def test_bfloat16_in_every_layout(x_axes, w_axes):
         np.testing.assert_allclose(
             np.asarray(jax.jit(f)(x, w), np.float64), want, rtol=0.05, atol=0.05
         )
+
+
+def step_of_bfloat16(w, terms):
+    """How far a product may be from that with the materialized array, for each |x| |w|: what `formats.md` says, and the
+    rounding of the sum."""
+    assert w.dtype == jnp.bfloat16
+    return float(jnp.finfo(jnp.bfloat16).eps) + (terms + 4) * float(jnp.finfo(jnp.float32).eps)
+
+
+def magnitude(w):
+    """Of the scaled values and of the offset, which may be rounded one by one."""
+    offset = w.offset_leaf
+    dense = np.abs(np.asarray(w.materialize(), np.float64))
+    return dense if offset is None else dense + 2 * np.abs(np.asarray(broadcastable(offset)))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_a_product_in_bfloat16_equals(name):
+    w = LAYOUTS[name].with_blocks(16)(normal(24, 48), dtype=jnp.bfloat16)
+    dense = np.asarray(w.materialize(), np.float64)
+    computed = set()
+    for axis, (implementation, each) in itertools.product((0, 1), IMPLEMENTATIONS.items()):
+        x = normal(3, w.shape[axis], seed=1).astype(jnp.bfloat16)
+        product = Product(x, w, Axes((1,), (axis,), (), ()))
+        if each.platforms is not None or not each.supports(product):
+            continue
+        y = quantized_dot_general(
+            x,
+            w,
+            (((1,), (axis,)), ((), ())),
+            preferred_element_type=jnp.float32,
+            implementation=implementation,
+        )
+        y = np.asarray(y, np.float64)
+        wide, contracted = np.asarray(x, np.float64), (1, axis)
+        bound = np.tensordot(np.abs(wide), magnitude(w), contracted)
+        bound *= step_of_bfloat16(w, w.shape[axis])
+        assert (np.abs(y - np.tensordot(wide, dense, contracted)) <= bound).all(), implementation
+        computed.add(implementation)
+    assert computed >= {"reference", "xla", "tiled"}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_a_product_of_two_in_bfloat16_equals(name):
+    quantize = LAYOUTS[name].with_blocks(16)
+    a = quantize(normal(5, 48), dtype=jnp.bfloat16)
+    b = eqq.ArrayNF4.quantize(normal(24, 48, seed=1), 16, dtype=jnp.bfloat16)
+    for small, large in ((a, b), (a, quantize(b.materialize(), dtype=jnp.bfloat16))):
+        with eqq.on_materialize("ignore"):
+            y = eqq.implicit(partial(jnp.einsum, "ik,jk->ij", preferred_element_type=jnp.float32))(
+                small, large
+            )
+        x, w = (np.asarray(each.materialize(), np.float64) for each in (small, large))
+        bound = step_of_bfloat16(large, 48) * (np.abs(x) @ magnitude(large).T)
+        assert (np.abs(np.asarray(y, np.float64) - x @ w.T) <= bound).all()
 
 
 HALVES = [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float32]

@@ -148,6 +148,7 @@ def test_every_implementation_is_the_product(implementation, format):
     @examples(1.0)
     def holds(data: st.DataObject) -> None:
         product = data.draw(products(format))
+        hypothesis.assume(product.w.offset_leaf is None)  # offsets are none of its business
         product.check(product.by(implementation))
 
     holds()

@@ -1,40 +1,63 @@
 """Every law holds for every format, in every mode, on arrays of stored leaves that nobody quantized."""
 
+import math
 import re
 
 import hypothesis
 import jax
 import pytest
+from helpers import in_turns, NIGHTLY
 
 import eqquant as eqq
 from eqquant import _compat, _dispatch, _registry, testing
 from eqquant.testing import DENSE_PROGRAMS, FORMATS, LAWS, MODES, NO_QUANTIZED_OPERAND
 
 
+SIMPLEST = next(iter(FORMATS))
+"""The format for which the simplest programs are drawn, too; they say little."""
+
+
+def share(part: float) -> int:
+    """So many of the examples of the profile; of those that run nightly, twice as many."""
+    return math.ceil(hypothesis.settings().max_examples * part * (1 + NIGHTLY))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("law", LAWS)
 def test_eager(law: str, format: str) -> None:
-    few = -(-hypothesis.settings().max_examples * 3 // 5)
-    kept_packed = testing.check_law(law, FORMATS[format], max_examples=few)
+    few, simplest = share(2 / 5), format == SIMPLEST
+    kept_packed = testing.check_law(
+        law, FORMATS[format], max_examples=few + simplest, simplest=simplest
+    )
     if format == "Array8B":  # it is packed along no axis: whatever has a rule keeps it
-        if LAWS[law].packed and not kept_packed:  # of some laws, one program in ten
-            kept_packed = testing.check_law(law, FORMATS[format], max_examples=100)
+        for more in (10, 100):  # of some laws, one program in ten
+            if LAWS[law].packed and not kept_packed:
+                kept_packed = testing.check_law(law, FORMATS[format], max_examples=more)
         assert bool(kept_packed) == LAWS[law].packed, f"{kept_packed} programs made nothing dense"
 
 
-# Compiling takes its time: here the formats take turns.
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "eager"])
-@pytest.mark.parametrize("law", LAWS)
-def test_transformed(law: str, mode: testing.Mode) -> None:
-    max_examples = -(-hypothesis.settings().max_examples * 2 // 5)
-    testing.check_law(law, testing.arrays, mode, max_examples=max_examples)
+# Compiling takes its time: here the formats take turns, other ones in each mode.
+TRANSFORMED = [
+    (law, mode, format)
+    for i, mode in enumerate(mode for mode in MODES if mode != "eager")
+    for law, format in in_turns(LAWS, [*FORMATS][3 * i :] + [*FORMATS][: 3 * i], each=1)
+]
 
 
-@pytest.mark.parametrize("name", sorted(DENSE_PROGRAMS))
-def test_dense_answer(name: str) -> None:
+@pytest.mark.parametrize(("law", "mode", "format"), TRANSFORMED)
+def test_transformed(law: str, mode: testing.Mode, format: str) -> None:
+    few, simplest = share(1 / 5), format == SIMPLEST
+    testing.check_law(law, FORMATS[format], mode, max_examples=few + simplest, simplest=simplest)
+
+
+@pytest.mark.parametrize(("name", "format"), in_turns(sorted(DENSE_PROGRAMS), [*FORMATS], each=1))
+def test_dense_answer(name: str, format: str) -> None:
+    few, simplest = share(1 / 5), format == SIMPLEST
     by_other_primitives = ("log2", "while_scalar", "linear_call", "cholesky")
     if name in _compat.primitive_names() or name in by_other_primitives:
-        testing.check_dense_answer(name, testing.arrays)
+        testing.check_dense_answer(
+            name, FORMATS[format], max_examples=few + simplest, simplest=simplest
+        )
 
 
 # -------------------------------------------------------------------------------- completeness

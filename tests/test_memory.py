@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import pytest
+from helpers import adapted_array
 from jax import lax
 
 import eqquant as eqq
@@ -49,13 +50,13 @@ def nbytes(*trees: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jtu.tree_leaves(trees))
 
 
-def compile(f: Callable[..., Any], *args: Any) -> Any:
+def compile(f: Callable[..., Any], *args: Any, options: Any = None) -> Any:
     with eqq.strict():
-        return jax.jit(f).lower(*args).compile()
+        return jax.jit(f).lower(*args).compile(options)
 
 
-def temporaries(f: Callable[..., Any], *args: Any) -> int:
-    return compile(f, *args).memory_analysis().temp_size_in_bytes
+def temporaries(f: Callable[..., Any], *args: Any, options: Any = None) -> int:
+    return compile(f, *args, options=options).memory_analysis().temp_size_in_bytes
 
 
 def backward(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,7 +169,9 @@ def test_shapes_of_all_kinds(name, layout):
     shape, equation, x_shape = SHAPES[name]
     w = quantized(*shape, layout=layout)
     forward, back = both_passes(lambda w, x: jnp.einsum(equation, x, w), w, array(*x_shape))
-    assert forward < w.size * 4 / 10
+    # einsum moves axes that are summed up and lie apart; what is called from XLA's programs needs them moved.
+    moved = w.size * 1.01 if name == "two contracted apart" else 0
+    assert forward < moved + w.size * 4 / 10
     assert back < w.size * 4 / 10
 
 
@@ -243,6 +246,73 @@ def largest_constant(compiled: Any) -> int:
     return max(sizes)
 
 
+# ------------------------------------------------------------ programs of many small weights
+
+# A weight of 1 MiB when it is dense is decoded whole.
+MANY, SMALL = 12, 512
+ONE_DENSE = SMALL * SMALL * 4
+SAVING = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+def one_after_another(weights: Any, x: Any) -> Any:
+    for w in weights:
+        x = jnp.tanh(x @ w.T)
+    return x
+
+
+def scanned(weights: Any, x: Any) -> Any:
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w.T), None), x, weights)[0]
+
+
+def beside_each_other(weights: Any, x: Any) -> Any:
+    return sum(jnp.tanh(x @ w.T) for w in weights)
+
+
+def small_weights(name: str, program: Callable[..., Any]) -> Any:
+    one = jax.eval_shape(testing.QUANTIZERS[name], array(SMALL, SMALL))
+    if program is scanned:
+        return jtu.tree_map(lambda leaf: array(MANY, *leaf.shape, dtype=leaf.dtype), one)
+    return [one] * MANY
+
+
+each_small = pytest.mark.parametrize("name", ["nf4", "int8", "ternary", "int4 affine", "fp8"])
+
+
+@pytest.mark.parametrize("rows", [1, 64], ids=["a step of decoding", "a batch"])
+@pytest.mark.parametrize("program", [one_after_another, scanned])
+@each_small
+def test_layers_are_decoded_one_after_another(name, program, rows):
+    weights, x = small_weights(name, program), array(rows, SMALL)
+    # In front of all products, the decoding of all took as many dense weights as there are layers.
+    assert temporaries(eqq.implicit(program), weights, x) < 1.1 * ONE_DENSE + 4 * nbytes(x)
+    saving = temporaries(eqq.implicit(program), weights, x, options=SAVING)
+    assert saving < 1.1 * ONE_DENSE + 4 * nbytes(x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_layers_of_half_precision_are_decoded_one_after_another(dtype):
+    weights, x = small_weights("nf4", one_after_another), array(64, SMALL, dtype=dtype)
+    used = temporaries(eqq.implicit(one_after_another), weights, x)
+    assert used < 1.1 * ONE_DENSE + 8 * nbytes(x)
+
+
+@each_small
+def test_the_backward_pass_of_many_layers(name):
+    def loss(weights: Any, x: Any) -> Any:
+        return jnp.sum(one_after_another(weights, x))
+
+    weights, x = small_weights(name, one_after_another), array(4, SMALL)
+    used = temporaries(eqq.implicit(jax.grad(loss, 1)), weights, x)
+    assert used < 1.2 * ONE_DENSE + (MANY + 4) * nbytes(x)
+
+
+@each_small
+def test_many_products_with_the_same_input_need_an_option_of_the_compiler(name):
+    weights, x = small_weights(name, beside_each_other), array(1, SMALL)
+    used = temporaries(eqq.implicit(beside_each_other), weights, x, options=SAVING)
+    assert used < 1.1 * ONE_DENSE + 2 * MANY * nbytes(x)
+
+
 # --------------------------------------------------------------------------- other operations
 
 
@@ -310,3 +380,48 @@ def test_quantize_and_materialize_hold_at_most_two_and_a_half_copies(layout, sha
     ):
         memory = compile(f, arg).memory_analysis()
         assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 2.5 * copy
+
+
+# ------------------------------------------------------------------------------------- adapters
+
+
+def test_a_convolution_with_an_adapter_makes_no_dense_kernel():
+    kernel = jax.eval_shape(lambda: adapted_array(256, 256, 3, 3, base="int8", window_axes=2))
+    x = array(1, 256, 4, 4)
+
+    def convolved(w, x):
+        return eqq.implicit(lambda w, x: lax.conv_general_dilated(x, w, (1, 1), "SAME"))(w, x)
+
+    needed, plain = temporaries(convolved, kernel, x), temporaries(convolved, kernel.base, x)
+    assert needed < plain + 256 * KIB < kernel.size * 4 / 2
+
+
+LOOKUPS: dict[str, Callable[..., Any]] = {
+    "index": lambda w, i: w[i],
+    "take": lambda w, i: jnp.take(w, i, axis=0),
+    "vmap": lambda w, i: jax.vmap(lambda i: w[i])(i),
+    "one": lambda w, i: w[i[0]],
+    "product with a slice": lambda w, i: w[128:256] @ jnp.ones(512),
+}
+
+
+EXPERTS: dict[str, Callable[..., Any]] = {
+    "of an index": lambda w, x: w[x[0].astype(int)] @ x,
+    "by rows": lambda w, x: lax.ragged_dot(jnp.stack([x] * 8), w.mT, jnp.ones(16, int)),
+    "all": lambda w, x: jnp.einsum("i,loi->lo", x, w),
+}
+
+
+@pytest.mark.parametrize("base", ["dense", "int8", "nf4 double"])
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_an_adapted_embedding_decodes_only_what_it_looks_up(name, base):
+    w = jax.eval_shape(lambda: adapted_array(4096, 512, base=base))
+    assert temporaries(eqq.implicit(LOOKUPS[name]), w, array(8, dtype=jnp.int32)) < w.size * 4 / 20
+
+
+@pytest.mark.parametrize("base", ["dense", "int8", "nf4 double"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_an_adapter_of_experts_needs_little_more_than_their_weights(name, base):
+    w = jax.eval_shape(lambda: adapted_array(16, 256, 256, base=base))
+    f = eqq.implicit(EXPERTS[name])
+    assert temporaries(f, w, array(256)) < temporaries(f, w.base, array(256)) + w.size * 4 / 10

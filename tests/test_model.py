@@ -115,7 +115,11 @@ def test_a_single_array_is_quantized_whatever_its_rank():
     [
         ({"*.layer.*": INT8}, ValueError, ["'*.layer.*' matches no", "'layers.0.weight'"]),
         ({"*": INT8, "*.attn.*": INT8}, ValueError, ["'*.attn.*'", "nearest of 4 paths"]),
-        ({"*.bias": INT8}, ValueError, ["'layers.0.bias'", "not one"]),
+        (
+            {"*.bias": INT8},
+            ValueError,
+            ["'layers.0.bias', which is float32[8]; write its path in full"],
+        ),
     ],
 )
 def test_mistakes_in_patterns_are_reported(model, how, error, words):
@@ -128,8 +132,10 @@ def test_mistakes_in_patterns_are_reported(model, how, error, words):
 
 def test_errors_say_which_weight(model):
     bad = eqx.tree_at(lambda m: m.layers[1].weight, model, jnp.full((8, 8), jnp.nan))
-    with pytest.raises(ValueError, match=r"array\[0, 0\] is nan") as caught:
+    with pytest.raises(ValueError, match=r"'layers.1.weight' holds nan at \[0, 0\] \(64 such"):
         eqq.quantize(bad, INT8)
+    with pytest.raises(ValueError, match="axis 5 is out of range") as caught:
+        eqq.quantize(model, {"layers.1.*": partial(INT8, axis=5)})
     assert "while quantizing 'layers.1.weight'" in caught.value.__notes__
 
 

@@ -110,7 +110,10 @@ def test_rounded_activations_are_exact(level, name):
         x[:, 0] = 127
         f = eqq.implicit(lambda x, w: x @ w.T, activations="int8")
         y = jax.jit(f)(jnp.asarray(x), w)
-        sums = x.astype(np.float64) @ (np.asarray(w.materialize(), np.float64) / scale[:, None]).round().T
+        sums = (
+            x.astype(np.float64)
+            @ (np.asarray(w.materialize(), np.float64) / scale[:, None]).round().T
+        )
         np.testing.assert_allclose(y, sums * scale, rtol=1e-6)
 
 
@@ -178,7 +181,9 @@ def run():
 def fresh(code: str, **environment: str) -> str:
     """What a new process prints."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
-    done = subprocess.run([sys.executable, "-c", FRESH + code], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH + code], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

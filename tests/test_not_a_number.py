@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import eqquant as eqq
 from eqquant.kernels import Int8Blocks
-from eqquant.rounding import absmax, largest_magnitude, zero_or_nan
+from eqquant.rounding import absmax, largest_magnitude, with_nan_of
 from eqquant.testing import QUANTIZERS
 
 
@@ -33,7 +33,10 @@ def test_a_maximum_keeps_nan(shape, dtype):
 
 def test_sums_that_overflow_are_no_nan():
     x = jnp.full((64, 64), 3e38, jnp.float32)
-    assert not jnp.isnan(zero_or_nan(x, (0, 1))).any()
+    ends = x.min(keepdims=True), x.max(keepdims=True)
+    assert with_nan_of(x, (0, 1), ends) == ends
+    kept = with_nan_of(x.at[3, 5].set(jnp.nan), (0, 1), ends)
+    assert np.isnan(np.asarray(kept)).all()
     assert float(largest_magnitude(x.at[3, 5].set(-jnp.inf), (0, 1))[0, 0]) == np.inf
     mapped = jax.vmap(lambda x: largest_magnitude(x, (0, 1)))(
         jnp.stack([x, x.at[1, 1].set(jnp.nan)])

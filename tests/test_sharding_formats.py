@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+from helpers import in_turns
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -52,6 +53,16 @@ def mesh(request: pytest.FixtureRequest) -> Mesh:
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def each_format_on_a_mesh(turn: int) -> pytest.MarkDecorator:
+    """The kinds of meshes take turns: over the tests, each format meets both."""
+    kinds = [("auto", AUTO), ("explicit", EXPLICIT)]
+    pairs = in_turns(FORMATS, kinds[turn:] + kinds[:turn], each=1)
+    return pytest.mark.parametrize(
+        ("name", "mesh"),
+        [pytest.param(name, mesh, id=f"{name}-{kind}") for name, (kind, mesh) in pairs],
+    )
 
 
 @cache
@@ -131,7 +142,7 @@ def test_all_leaves_are_split_together(mesh, name, names):
     assert hash(jtu.tree_structure(q)) == hash(jtu.tree_structure(quantized(name)))
 
 
-@each_format
+@each_format_on_a_mesh(0)
 def test_values_do_not_depend_on_the_sharding(mesh, name):
     q = split(name, mesh, ("a", "b"))
     assert_same(q.materialize(), dense(name))
@@ -153,7 +164,7 @@ def test_what_a_field_says_needlessly_is_kept(mesh, quantize):
     assert specs(placed) == want(q, ("a", "b"))
 
 
-@each_format
+@each_format_on_a_mesh(1)
 def test_ways_to_say_it(mesh, name):
     q, names = quantized(name), ("a", "b")
     sharding, expected = NamedSharding(mesh, P(*names)), want(q, names)
@@ -166,7 +177,7 @@ def test_ways_to_say_it(mesh, name):
     assert q.with_sharding(None) is q
 
 
-@each_format
+@each_format_on_a_mesh(0)
 def test_resharding_moves_the_data(mesh, name):
     q = split(name, mesh, ("a", "b"))
     for names in [("b", "a"), (None, "b")]:
@@ -228,7 +239,7 @@ def test_a_mesh_axis_of_one_device_cuts_nothing(name):
 # ------------------------------------------------------------------------------------- quantize
 
 
-@each_format
+@each_format_on_a_mesh(1)
 def test_quantize_takes_the_sharding_over(mesh, name):
     q = FORMATS[name](jax.device_put(weight(), NamedSharding(mesh, P("b", "a"))))
     assert specs(q) == want(q, ("b", "a"))
@@ -278,7 +289,7 @@ def test_integers_give_their_sharding_to_the_codes(quantize, lowest):
 # ------------------------------------------------------------------------------------- storage
 
 
-@each_format
+@each_format_on_a_mesh(0)
 def test_a_sharded_array_is_pickled_and_saved(mesh, name, tmp_path):
     q = split(name, mesh, ("a", "b"))
     eqx.tree_serialise_leaves(tmp_path / "q.eqx", q)
@@ -292,7 +303,7 @@ def test_a_sharded_array_is_pickled_and_saved(mesh, name, tmp_path):
 # ------------------------------------------------------------------------------- transformations
 
 
-@each_format
+@each_format_on_a_mesh(1)
 def test_transpose_permutes_the_sharding(mesh, name):
     q = split(name, mesh, ("a", "b"))
     transposed, values = jax.jit(lambda q: (q.T, q.T.materialize()))(q)
@@ -300,7 +311,7 @@ def test_transpose_permutes_the_sharding(mesh, name):
     assert_same(values, dense(name).T)
 
 
-@each_format
+@each_format_on_a_mesh(0)
 def test_jit_keeps_the_sharding(mesh, name):
     q = split(name, mesh, ("a", "b"))
     halves = jax.jit(eqq.implicit(lambda q: q / 2))(q)

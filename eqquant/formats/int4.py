@@ -25,8 +25,8 @@ from ..rounding import (
     check_even_blocks,
     packing_in_blocks,
     searched,
+    with_nan_of,
     without_codes,
-    zero_or_nan,
 )
 from ..tiles import BlockSize, Packing
 
@@ -145,8 +145,8 @@ def _scale_and_offset(
         axis = packing.axis % x.ndim
         blocks, within = by_blocks(x, axis, packing.tile.size, "edge"), axis + 1
     blocks = blocks.astype(jnp.float32)
-    nan = zero_or_nan(blocks, (within,))
-    least, largest = (each(blocks, axis=within, keepdims=True) + nan for each in (jnp.min, jnp.max))
+    ends = [each(blocks, axis=within, keepdims=True) for each in (jnp.min, jnp.max)]
+    least, largest = with_nan_of(blocks, (within,), ends)
     coding = _CODINGS[zero]
     if zero == "affine":
         scale, offset = (largest - least) / 15, least

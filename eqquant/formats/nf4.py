@@ -27,6 +27,7 @@ from ..coding import Coding
 from ..rounding import (
     by_blocks,
     check_even_blocks,
+    is_stack,
     largest_magnitude,
     normalized,
     packing_in_blocks,
@@ -181,7 +182,8 @@ class ArrayNF4(AbstractScaledArray):
         - `axis`: the axis along which the blocks lie.
         - `dtype`: the floating-point dtype of the logical array; that of `array` by default.
         - `double`: quantizes the scales too (QLoRA, section 3): to 8 bits, in blocks of 256 of them,
-            after their mean is subtracted.
+            after their mean is subtracted. An array of three axes or more counts as a stack along the first: each entry has
+            its mean and its blocks.
         - `scale`: `"absmax"`, as bitsandbytes; or `"search"`: the scale with the least squared error
             among several, about 0.7 dB better on normally distributed weights.
 
@@ -212,8 +214,11 @@ class ArrayNF4(AbstractScaledArray):
         packed, absmax = _quantize(array, packing, scale == "search")
         check_finite("ArrayNF4.quantize", array, absmax)
         if double:
-            nested = NestedScale.quantize(absmax)
-            if not isinstance(nested.offset, Tracer) and not bool(jnp.isfinite(nested.offset)):
+            in_stack = packing is not None and is_stack(array.ndim, packing.axis)
+            nested = (jax.vmap(NestedScale.quantize) if in_stack else NestedScale.quantize)(absmax)
+            if not isinstance(nested.offset, Tracer) and not bool(
+                jnp.isfinite(nested.offset).all()
+            ):
                 raise ValueError(
                     f"ArrayNF4.quantize(double=True) sums up the scales, and scales as large as {float(absmax.max()):.3g} "
                     "overflow. Leave out double=True, or scale the array down first."

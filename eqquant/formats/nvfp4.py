@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from .._checks import as_floats, check_finite, inherit_sharding, normalize_axes
 from .._scaled import AbstractScaledArray, CodedScale
 from ..coding import Coding, FloatCoding
-from ..rounding import absmax, largest_magnitude, packing_in_blocks, without_codes
+from ..rounding import absmax, is_stack, largest_magnitude, packing_in_blocks, without_codes
 from ..tiles import BlockSize, Packing
 
 
@@ -28,7 +28,8 @@ class ArrayNVFP4(AbstractScaledArray):
     $g$ for the array.
 
     The format of [NVFP4](https://arxiv.org/abs/2509.25149), section 2: $g$ brings the largest magnitude of the array
-    to $6 \cdot 448$, and $s_b$ that of a block to 6. 4.5 bits for each weight.
+    to $6 \cdot 448$, and $s_b$ that of a block to 6. 4.5 bits for each weight. An array of three axes or more counts as a stack of
+    arrays along the first: each has its $g$.
 
     Make one with [`ArrayNVFP4.quantize`][eqquant.ArrayNVFP4.quantize].
 
@@ -52,7 +53,7 @@ class ArrayNVFP4(AbstractScaledArray):
     scale: CodedScale
     """One for each block along the packed axis, as bit patterns of E4M3."""
     global_scale: Float[Array, "..."]
-    """One for the array, of its rank."""
+    """One for the array, or for each entry of a stack, of the rank of the array."""
     packing: Packing | None = eqx.field(static=True)
     """The packed axis, its length and its blocks; None for a 0-d array."""
     block_size: BlockSize = eqx.field(static=True)
@@ -80,7 +81,7 @@ class ArrayNVFP4(AbstractScaledArray):
         - `dtype`: the floating-point dtype of the logical array; that of `array` by default.
 
         **Returns:** an `ArrayNVFP4` of the shape of `array`. All-zero blocks give exact zeros; so do blocks whose
-        largest magnitude is below about 2e-6 of that of the array. Leaves are sharded as `array` is.
+        largest magnitude is below about 2e-6 of that of the array, or of an entry of a stack. Leaves are sharded as `array` is.
 
         **Raises:** `TypeError` if `array` is not a floating-point array; `ValueError` if it holds NaN or infinity
         (outside tracing; under `jit` these turn the array to NaN), or if `axis` is out of range.
@@ -100,10 +101,11 @@ class ArrayNVFP4(AbstractScaledArray):
 
 @partial(jax.jit, static_argnums=1)
 def _scales(x: Array, packing: Packing | None) -> tuple[Array, Array]:
-    """The bit patterns of the scales of blocks, and the scale of the array."""
+    """The bit patterns of the scales of blocks, and the scale of the array, or of each entry of a stack."""
     axes, size = ((), None) if packing is None else ((packing.axis % x.ndim,), packing.tile.size)
     largest = absmax(x.astype(jnp.float32), axes, size)
-    whole = largest_magnitude(largest, tuple(range(x.ndim)))
+    first = 1 if packing is not None and is_stack(x.ndim, packing.axis) else 0
+    whole = largest_magnitude(largest, tuple(range(first, x.ndim)))
     top = E2M1[-1] * E4M3.largest
     global_scale = jnp.where(whole / top < jnp.finfo(jnp.float32).tiny, 1, whole / top)
     global_scale = jnp.where(jnp.isfinite(global_scale), global_scale, jnp.nan)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int8, UInt8
 
 from .._checks import (
     as_float_array,
@@ -23,7 +23,7 @@ from .._checks import (
 from .._scaled import AbstractScaledArray
 from .._sharding import check_tiles
 from ..coding import Coding, TernaryCoding
-from ..rounding import by_blocks, mean_where
+from ..rounding import by_blocks, is_stack, mean_where
 from ..tiles import BlockSize, broadcastable, Packing, scale_leaf, Tile
 
 
@@ -38,7 +38,8 @@ class Array1B(AbstractScaledArray):
     r"""Stores $x_{ij} \approx s_i t_{ij}$ with $t_{ij} \in \{-1, 0, 1\}$ (ternary, 1.6 bits for each
     weight) or $t_{ij} \in \{-1, 1\}$ (binary, 1 bit).
 
-    Integers are stored as they are, without a scale. Floating-point numbers are rounded:
+    Integers are stored as they are, and $s$ is the integer 1: of 8 bits, for the whole array, and not trained. Floating-point
+    numbers are rounded:
 
     - ternary, `scale="absmean"`: $s_i$ is the mean of $|x_{ij}|$ over the quantized axes, and
       $t_{ij}$ is $x_{ij} / s_i$ rounded to the nearest of -1, 0, 1
@@ -61,15 +62,16 @@ class Array1B(AbstractScaledArray):
         q = eqq.Array1B.quantize(w)
         assert q.shape == w.shape and q.bits_per_weight < 2
         exact = eqq.Array1B.quantize(jnp.array([[1, 0, -1]]))
-        assert exact.scale is None and (exact.materialize() == jnp.array([[1, 0, -1]])).all()
+        assert (exact.scale == 1).all() and (exact.materialize() == jnp.array([[1, 0, -1]])).all()
         ```
     """
 
     weight: UInt8[Array, "..."]
     """The codes. Ternary: the five digits $t + 1$ of a number in base 3, first digit first, as the fraction
     of 243 that it is, in units of 1/256, rounded up. Binary: bit `i` says whether element `i` is 1."""
-    scale: Float[Array, "..."] | None
-    """One number for each tile; None if all are 1."""
+    scale: Float[Array, "..."] | Int8[Array, "..."] | None
+    """One number for each tile. Of integers, which are stored as they are, it is 1, as an int8: an array whose leaves are
+    all zero, as `jax.tree.map(jnp.zeros_like, q)` makes them, is so zero, although the code 0 stands for -1."""
     packing: Packing | None = eqx.field(static=True)
     """The packed axis and its length; None for a 0-d array."""
     levels: Levels = eqx.field(static=True)
@@ -84,11 +86,12 @@ class Array1B(AbstractScaledArray):
     """`"int8"` if what this is multiplied with is rounded to 8 bits."""
 
     payload: ClassVar[str] = "weight"
+    description_version: ClassVar[int] = 2  # integers have a scale, which is 1
 
     def __init__(
         self,
         weight: UInt8[Array, "..."],
-        scale: Float[Array, "..."] | None = None,
+        scale: Float[Array, "..."] | Int8[Array, "..."] | None = None,
         *,
         shape: Sequence[int] | None = None,
         dtype: Any = None,
@@ -103,7 +106,7 @@ class Array1B(AbstractScaledArray):
         **Arguments:**
 
         - `weight`: the codes, as described under [`weight`][eqquant.Array1B.weight].
-        - `scale`: of the rank of `weight`; None if all scales are 1.
+        - `scale`: of the rank of `weight`; by default 1.
         - `shape`: of the logical array; by default all bytes are full.
         - `dtype`: of the logical array; float32 by default.
         - `levels`: `"ternary"` or `"binary"`.
@@ -118,6 +121,9 @@ class Array1B(AbstractScaledArray):
         if packing == "last":
             length = _PER_BYTE[levels] * weight.shape[-1] if shape is None else shape[-1]
             packing = Packing(-1, length, Tile(_PER_BYTE[levels]))
+        if scale is None:
+            in_stack = is_stack(weight.ndim, -1 if packing is None else packing.axis)
+            scale = jnp.ones((*weight.shape[:in_stack], *[1] * (weight.ndim - in_stack)), jnp.int8)
         self.weight, self.scale, self.packing = weight, scale, packing
         self.levels, self.block_size, self.casts = levels, block_size, casts
         self.activations = activations

@@ -63,7 +63,9 @@ def compile_library(
             _run([compiler, *FLAGS, *more, *flags, "-c", str(HERE / "src" / source), "-o", out])
             return out
 
-        jobs = [("level.cpp", level, f"-DEQQUANT_LEVEL={level}", *LEVELS[level]) for level in levels]
+        jobs = [
+            ("level.cpp", level, f"-DEQQUANT_LEVEL={level}", *LEVELS[level]) for level in levels
+        ]
         jobs.append(("ffi.cpp", "ffi", f"-I{_headers()}", listed))
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [*pool.map(lambda job: compile_file(*job), jobs)]
@@ -80,7 +82,9 @@ def _headers() -> Path:
     """Where XLA's header of foreign functions is, in jaxlib."""
     spec = importlib.util.find_spec("jaxlib")
     if spec is None or not spec.submodule_search_locations:
-        raise CannotCompile("jaxlib, which has the header of XLA's foreign functions, is not installed")
+        raise CannotCompile(
+            "jaxlib, which has the header of XLA's foreign functions, is not installed"
+        )
     return Path(spec.submodule_search_locations[0]) / "include"
 
 
@@ -117,7 +121,9 @@ else:
 
 def main() -> None:
     """Compiles the library, and says where it is."""
-    parser = argparse.ArgumentParser(prog="python -m eqquant.native.build", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m eqquant.native.build", description=main.__doc__
+    )
     parser.add_argument("--levels", default=",".join(levels_here()), help=f"of {', '.join(LEVELS)}")
     parser.add_argument("--strict", action="store_true", help="warnings are errors")
     parser.add_argument("--output", type=Path, default=LIBRARY, help="the file to write")

@@ -10,6 +10,8 @@
 | `reduce` by a function | quantized                    | dense                                          |
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -155,12 +157,18 @@ def conv_general_dilated_array_scaled(
 )
 def reduce_scaled(primitive: Any, x: AbstractScaledArray, **params: Any) -> Any:
     """Decoding is elementwise, so XLA does it inside the reduction."""
+    return _decode_and_reduce(primitive, tuple(params.items()))(x)
+
+
+@functools.lru_cache(maxsize=256)
+def _decode_and_reduce(primitive: Any, params: Any) -> Callable[..., Array]:
+    """One function for each reduction, so that it is compiled once."""
 
     def decode_and_reduce(x: AbstractScaledArray) -> Array:
-        return primitive.bind(x.materialize(), **params)
+        return primitive.bind(x.materialize(), **dict(params))
 
     decode_and_reduce.__name__ = f"{primitive.name}_quantized"
-    return jax.jit(decode_and_reduce)(x)
+    return jax.jit(decode_and_reduce)
 
 
 @register(lax.reduce_p)

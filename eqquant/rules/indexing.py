@@ -159,7 +159,7 @@ def select_n_any(
 ) -> Any:
     first = cases[0]
     same = all(
-        isinstance(case, AbstractScaledArray)
+        isinstance(case, QuantizedArray)
         and jtu.tree_structure(case) == jtu.tree_structure(first)
         and [leaf.shape for leaf in jtu.tree_leaves(case)]
         == [leaf.shape for leaf in jtu.tree_leaves(first)]

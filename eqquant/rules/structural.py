@@ -184,7 +184,7 @@ def _pieces(x: AbstractScaledArray, axis: int, sizes: Sequence[int]) -> Any:
 def split_scaled(
     primitive: Any, x: AbstractScaledArray, *, sizes: Any, axis: int, **params: Any
 ) -> Any:
-    return _pieces(x, axis, sizes)
+    return _pieces(x, axis, [int(size) for size in sizes])  # jnp.split gives numbers of NumPy
 
 
 @register("unstack")

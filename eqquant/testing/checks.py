@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, get_args, Literal
 
 import hypothesis
@@ -30,7 +31,12 @@ Strategy = Callable[..., st.SearchStrategy]
 
 
 def check_law(
-    law: Law | str, strategy: Strategy, mode: Mode = "eager", *, max_examples: int | None = None
+    law: Law | str,
+    strategy: Strategy,
+    mode: Mode = "eager",
+    *,
+    max_examples: int | None = None,
+    simplest: bool = True,
 ) -> int:
     """Checks that a law holds for the arrays of a strategy: hypothesis draws array and program.
 
@@ -41,6 +47,8 @@ def check_law(
     - `mode`: how the program is run: eagerly, under `jit`, over stacked arrays by `vmap` and `scan`, or
         differentiated.
     - `max_examples`: how many programs are drawn; by default what the hypothesis profile says.
+    - `simplest`: whether the first program is the simplest one, of the smallest array, as usual in hypothesis. Most
+        do nothing then. Without, all programs are random.
 
     **Returns:** how many of the programs made nothing dense, as far as the mode can tell: a law that
     never keeps an array packed tests no rule.
@@ -54,7 +62,7 @@ def check_law(
 
     kept_packed = 0
 
-    @_given(max_examples)
+    @_given(max_examples, simplest, law.name, mode, strategy)
     def holds(data: st.DataObject) -> None:
         nonlocal kept_packed
         program = Program.drawn(
@@ -69,17 +77,21 @@ def check_law(
 
 
 def check_dense_answer(
-    primitive: str, strategy: Strategy, *, max_examples: int | None = None
+    primitive: str,
+    strategy: Strategy,
+    *,
+    max_examples: int | None = None,
+    simplest: bool = True,
 ) -> None:
     """Checks that a primitive without a packed form gives the dense answer, and that the audit says so.
 
     **Arguments:**
 
     - `primitive`: one of [`DENSE_PROGRAMS`][eqquant.testing.DENSE_PROGRAMS].
-    - `strategy`, `max_examples`: as for [`check_law`][eqquant.testing.check_law].
+    - `strategy`, `max_examples`, `simplest`: as for [`check_law`][eqquant.testing.check_law].
     """
 
-    @_given(max_examples)
+    @_given(max_examples, simplest, primitive, strategy)
     def holds(data: st.DataObject) -> None:
         x = data.draw(strategy((4, 6), jnp.float32))
         run = DENSE_PROGRAMS[primitive]
@@ -94,7 +106,9 @@ def check_dense_answer(
     holds()
 
 
-def _given(max_examples: int | None) -> Callable[[Callable[..., None]], Callable[[], None]]:
+def _given(
+    max_examples: int | None, simplest: bool, *what: str | Strategy
+) -> Callable[[Callable[..., None]], Callable[[], None]]:
     # The first example of each shape compiles: no deadline, and slow draws are in order.
     settings: dict[str, Any] = {
         "deadline": None,
@@ -104,9 +118,29 @@ def _given(max_examples: int | None) -> Callable[[Callable[..., None]], Callable
         settings["max_examples"] = max_examples
 
     def decorate(test: Callable[..., None]) -> Callable[[], None]:
+        if not simplest:
+            test = _of_random_programs(test)
+        if hypothesis.settings().derandomize:  # else all laws would draw the same numbers
+            names = [each if isinstance(each, str) else _name(each) for each in what]
+            test = hypothesis.seed(zlib.crc32(" ".join(names).encode()))(test)
         return hypothesis.settings(**settings)(hypothesis.given(st.data())(test))
 
     return decorate
+
+
+def _of_random_programs(test: Callable[..., None]) -> Callable[..., None]:
+    """Hypothesis begins with all zeros, and where these are refused, goes on with random numbers."""
+
+    @wraps(test)
+    def of_random_programs(data: st.DataObject) -> None:
+        hypothesis.assume(data.draw(st.integers(0, 2**16)))
+        test(data)
+
+    return of_random_programs
+
+
+def _name(strategy: Strategy) -> str:
+    return getattr(strategy, "__name__", "")
 
 
 def assert_same(got: Any, want: Any) -> None:

@@ -112,7 +112,12 @@ def array_nf4(draw: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Ar
     if draw(st.integers(0, 3)) == 0:
         codes = jnp.asarray(generator(draw).integers(0, 256, absmax.shape), jnp.uint8)
         groups = scales(draw, (-(-absmax.size // GROUP),), None)
-        absmax = NestedScale(codes, groups, jnp.asarray(draw(st.sampled_from([0.5, -2.0]))))
+        mean = jnp.asarray(draw(st.sampled_from([0.5, -2.0])))
+        absmax = NestedScale(codes, groups, mean)
+        in_stack = len(shape) == 3 and packing.axis != -3 and codes.shape[0] == shape[0]
+        if in_stack and draw(st.booleans()):  # few scales: one group for each entry
+            factors = jnp.linspace(0.5, 2, shape[0], dtype=jnp.float32)
+            absmax = NestedScale(codes, factors[:, None] * groups, factors * mean)
         if draw(st.booleans()):  # what comes of one that was cut or transposed
             absmax = NestedScale(codes, *(scales(draw, shape, 4) for _ in range(2)), blocks=4)
     return ArrayNF4(packed, absmax, packing=packing, dtype=dtype)

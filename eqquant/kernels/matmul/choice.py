@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from . import int8_digits, reference, xla
 from ... import native as native_library
+from . import int8_digits, reference, xla
 from .cpu import choice as cpu, native, tables, tiled
 from .gpu import product as gpu
 from .product import Implementation, Product, Target

@@ -98,7 +98,9 @@ def _code_of(w: AbstractScaledArray) -> _Code | None:
         return None
     if coding.signed:
         return _Code(0, 1) if coding.bits == 8 else None
-    levels = coding.levels or tuple(float(coding.low + coding.step * c) for c in range(2**coding.bits))
+    levels = coding.levels or tuple(
+        float(coding.low + coding.step * c) for c in range(2**coding.bits)
+    )
     return {4: _Code(1, 2, levels), 1: _Code(3, 8, levels)}.get(coding.bits)
 
 

@@ -7,8 +7,10 @@ A tile that stays in the cache costs little, and decoding it about as much as th
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
+from ...._scaled import AbstractScaledArray
+from ....tiles import Leaf
 from ...in_pieces import by_pieces
 from .. import xla
 from ..axes import Axes
@@ -64,7 +66,30 @@ def compute(product: Product, target: Target) -> Array:
         order.sort(key=lambda axis: axis in axes.w_contract or axis not in (*wide, *axes.w_batch))
     weight_first = axes.w_contract == (w.ndim - 1,) and rows <= MAX_ROWS_OF_WEIGHT_FIRST
     form = xla.Form(half=half, weight_first=weight_first, isolated=half)
+    if not order and product.inputs and not target.partitioned:
+        product = product.replace(w=_decoded_after(x, w))
     return _cut(order, product, limit, form)
+
+
+def _decoded_after(x: Array, w: AbstractScaledArray) -> AbstractScaledArray:
+    """`w`, which is not decoded before `x` is there.
+
+    XLA for CPU puts first what depends on nothing: of a program of many small weights, all would be dense at once. 48
+    layers of 512 x 512 in NF4 take 1 MB of temporaries in place of 50, and a fifth to a third of the time. A barrier is
+    taken away before operations are put in order. So that they have to wait, codes follow from a number of `x`, by a
+    condition that is never true; XLA does not know that no number has more bits set than it has, but LLVM does, and
+    leaves it out.
+    """
+    first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+    bits = jnp.finfo(x.dtype).bits
+    never = lax.population_count(lax.bitcast_convert_type(first, f"uint{bits}")) > bits
+
+    def tied(leaf: Leaf) -> Leaf:
+        if not leaf.holds_codes:
+            return leaf
+        return leaf._replace(array=jnp.where(never, jnp.zeros_like(leaf.array), leaf.array))
+
+    return w.moved(tied)
 
 
 def _cut(order: Sequence[int], product: Product, limit: int, form: xla.Form) -> Array:
