@@ -25,7 +25,7 @@ def share(part: float) -> int:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("law", LAWS)
 def test_eager(law: str, format: str) -> None:
-    few, simplest = share(2 / 5), format == SIMPLEST
+    few, simplest = share(3 / 5), format == SIMPLEST
     kept_packed = testing.check_law(
         law, FORMATS[format], max_examples=few + simplest, simplest=simplest
     )
