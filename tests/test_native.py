@@ -63,6 +63,15 @@ def test_every_format_and_number_of_rows(level, name):
         assert close(product("mn,nk->mk", ct, w), "mn,nk->mk", ct, w), (rows, outputs, inputs)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_down_the_columns(level, name):
+    for rows, outputs, inputs in [(1, 100, 75), (2, 37, 600), (19, 150, 129)]:
+        w = QUANTIZERS[name](normal(inputs, outputs), axis=0)
+        x, ct = normal(rows, inputs), normal(rows, outputs)
+        assert close(product("mk,kn->mn", x, w), "mk,kn->mn", x, w), (rows, outputs, inputs)
+        assert close(product("mn,kn->mk", ct, w), "mn,kn->mk", ct, w), (rows, outputs, inputs)
+
+
 @pytest.mark.parametrize("tile", [20, 64])
 def test_tiles_of_several_bytes(level, tile):
     w = eqq.Array1B.quantize(normal(7, 200), tile=tile)

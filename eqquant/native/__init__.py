@@ -113,7 +113,7 @@ def tell_if_missing() -> None:
         )
 
 
-def product(
+def call_product(
     x: Any, codes: Any, scales: Any, levels: Any, *, outputs: int, **attributes: int
 ) -> Any:
     """The call of the kernels, as `src/ffi.cpp` takes it: y (m, outputs)."""

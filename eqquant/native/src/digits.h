@@ -246,7 +246,7 @@ template <class W> bool with_codes(const Problem& p, const Pool& pool) {
 // The product by digits. False, and nothing is done, if it is none of integers with a scale for each row, or if x is
 // not finite.
 inline bool by_digits(const Problem& p, const Pool& pool) {
-  if (!p.sum_along_rows || p.w.length > p.w.block || p.w.length > MAX_LENGTH) return false;
+  if (!p.sum_along_rows || p.w.down || p.w.length > p.w.block || p.w.length > MAX_LENGTH) return false;
   const float *levels = p.w.levels;
   switch (p.code) {
     case Code::int8: return with_codes<Int8Codes>(p, pool);

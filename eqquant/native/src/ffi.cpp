@@ -132,7 +132,8 @@ static void call(const XLA_FFI_CallFrame* frame) {
   p.code = static_cast<Code>(attribute(frame, "code"));
   p.sum_along_rows = attribute(frame, "sum_along_rows");
   p.rounded = attribute(frame, "rounded");
-  p.w.rows = codes.height(), p.w.bytes = codes.width(), p.w.length = attribute(frame, "length");
+  p.w.rows = codes.height(), p.w.bytes = codes.width(), p.w.down = attribute(frame, "down");
+  p.w.height = attribute(frame, "height"), p.w.length = attribute(frame, "length");
   p.w.tile = attribute(frame, "tile"), p.w.stored = attribute(frame, "stored");
   p.w.high_first = attribute(frame, "high_first");
   p.w.row_block = attribute(frame, "row_block"), p.w.block = attribute(frame, "block");

@@ -2,10 +2,14 @@
 #include "across.h"
 #include "along.h"
 #include "digits.h"
+#include "down.h"
 
 namespace eqquant::EQQUANT_LEVEL {
 
-template <class W> static void product(const Problem& p, const Pool& pool) { p.sum_along_rows ? along<W>(p, pool) : across<W>(p, pool); }
+template <class W> static void product(const Problem& p, const Pool& pool) {
+  if (p.w.down) return p.sum_along_rows ? along_down<W>(p, pool) : across_down<W>(p, pool);
+  p.sum_along_rows ? along<W>(p, pool) : across<W>(p, pool);
+}
 
 static void multiply(const Problem& p, const Pool& pool) {
   if (by_digits(p, pool)) return;

@@ -18,15 +18,18 @@ constexpr int numbers_in_byte(Code code) {
   return code == Code::nibbles ? 2 : code == Code::ternary ? 5 : code == Code::bits ? 8 : 1;
 }
 
-// A matrix as it is stored: `rows` rows of `bytes` bytes that hold `length` numbers. A tile of `tile` numbers lies
-// in `stored` bytes, planar: place p of byte j of a tile holds its number p * stored + j. Number (r, k) of the
-// matrix is its level times scales[r / row_block][k / block].
+// A matrix as it is stored: `rows` rows of `bytes` bytes, for `height` rows of `length` numbers. It is packed along its
+// rows, or down its columns: there, a tile of `tile` numbers lies in `stored` bytes, planar: place p of byte j of a
+// tile holds its number p * stored + j. Number (r, k) of the matrix is its level times scales[r / row_block][k / block].
 struct Matrix {
   const uint8_t* codes;
-  int64_t rows, bytes, length;
+  int64_t rows, bytes, height, length;
+  bool down;  // whether it is packed down its columns
   int64_t tile, stored;
   bool high_first;      // whether place 0 of a byte is in its high bits
   const float* levels;  // 16
+  // Packed along the rows, a scale covers all of a row, or whole chunks of 16 bytes, or half of one. Packed down the
+  // columns, it covers whole tiles, and all columns or a single one.
   const float* scales;
   int64_t row_block, block;
 
@@ -34,19 +37,19 @@ struct Matrix {
   const float* scales_of(int64_t row) const { return scales + row / row_block * blocks(); }
 };
 
-// y (m, outputs) = x (m, inputs) . w^T if the stored rows of w are its outputs, else x . w. `x` and `y` are
+// y (m, outputs) = x (m, inputs) . w^T if the rows of w are its outputs, else x . w. `x` and `y` are
 // contiguous. Shared out in chunks over the threads of `pool`.
 struct Problem {
   Code code;
   Matrix w;
-  bool sum_along_rows;  // whether the numbers of a stored row are summed up: w^T
+  bool sum_along_rows;  // whether the numbers of a row are summed up: w^T
   bool rounded;         // whether x is rounded to 8 bits already, so that one digit says all of it
   const float* x;
   int64_t m;
   float* y;
 
-  int64_t inputs() const { return sum_along_rows ? w.length : w.rows; }
-  int64_t outputs() const { return sum_along_rows ? w.rows : w.length; }
+  int64_t inputs() const { return sum_along_rows ? w.length : w.height; }
+  int64_t outputs() const { return sum_along_rows ? w.height : w.length; }
 };
 
 // Threads that run chunks of work; the caller is one of them.
@@ -62,10 +65,6 @@ struct Pool {
  protected:
   ~Pool() = default;
 };
-
-// Whether the kernels compute a problem with these scales: each lies over whole groups of 16 bytes of a row, or over half
-// of one.
-bool supports(const Problem&);
 
 // The kernels, compiled for several levels of processors: one of them serves, or the next lower one.
 struct Level {

@@ -47,8 +47,8 @@ def compute(product: Product, target: Target) -> Array:
         blocks = [max(length, 1) for length in w.shape]
         if scale is not None:
             scales = scale.array.astype(jnp.float32)
-            blocks = [_block(scale, axis) for axis in range(2)]
-        return native.product(
+            blocks = [_block(scale, each) for each in range(2)]
+        return native.call_product(
             x,
             w.payload_leaf.array,
             scales,
@@ -56,6 +56,8 @@ def compute(product: Product, target: Target) -> Array:
             outputs=w.shape[1 - axis],
             code=code.number,
             sum_along_rows=axis == 1,
+            down=not _is_along_rows(w, scale),
+            height=w.shape[0],
             length=w.shape[1],
             tile=tile.size,
             stored=tile.stored,
@@ -69,18 +71,37 @@ def compute(product: Product, target: Target) -> Array:
 
 
 def _decodes(x: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> bool:
-    """Whether the kernels take this matrix: packed along its last axis, if at all, with scales for whole chunks of bytes
-    or halves of them."""
+    """Whether the kernels take this matrix."""
     code, tile = _code_of(w), _tile_of(w)
-    if code is None or (w.packing is not None and w.packing.axis != -1):
+    if code is None or code.places != -(-tile.size // tile.stored):
         return False
-    if code.places != -(-tile.size // tile.stored):
+    if scale is not None and scale.is_constant_along(1 - axis):
+        scale = None  # it goes to the input
+    return _is_along_rows(w, scale) or _is_down_columns(w, scale)
+
+
+def _is_along_rows(w: AbstractScaledArray, scale: Leaf | None) -> bool:
+    """Whether the matrix is packed along its rows, if at all, with scales for whole chunks of bytes or halves of
+    them."""
+    if w.packing is not None and w.packing.axis != -1:
         return False
-    if scale is None or scale.is_constant_along(1 - axis) or scale.is_constant_along(1):
+    if scale is None or scale.is_constant_along(1):
         return True
-    size, (tiles, rest) = scale.tiles[1].size, divmod(scale.tiles[1].size, tile.size)
+    tile = _tile_of(w)
+    tiles, rest = divmod(scale.tiles[1].size, tile.size)
     stored = tiles * tile.stored
-    return size > 1 and not rest and (stored % CHUNK == 0 or 2 * stored == CHUNK)
+    return not rest and (stored % CHUNK == 0 or 2 * stored == CHUNK)
+
+
+def _is_down_columns(w: AbstractScaledArray, scale: Leaf | None) -> bool:
+    """Whether the matrix is packed down its columns, if at all, with scales for whole tiles of one column or of all."""
+    if w.packing is not None and w.packing.axis != -2:
+        return False
+    if scale is None:
+        return True
+    one_or_all = scale.is_constant_along(1) or scale.tiles[1].size == 1
+    whole = scale.is_constant_along(0) or scale.tiles[0].size % _tile_of(w).size == 0
+    return one_or_all and whole
 
 
 def _code_of(w: AbstractScaledArray) -> _Code | None:
