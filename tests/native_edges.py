@@ -31,7 +31,7 @@ def run(level: str, scratch: Path) -> tuple[str, int]:
 
 
 def main() -> None:
-    levels = sys.argv[1:] or [*build.levels_here()]
+    levels = sys.argv[1:] or sorted({*build.levels_here(), "portable"})
     with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor() as pool:
         results = [*pool.map(lambda level: run(level, Path(scratch)), levels)]
     for text, _ in results:
