@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from eqquant import _compat, _dispatch, lora, testing
+from eqquant import _compat, _dispatch, lora, native, testing
 
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
@@ -19,6 +19,10 @@ NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 # The others take turns: each program takes its time to compile.
 STRATEGIES = {"Array8B": testing.FORMATS["Array8B"], "any format": testing.arrays}
+
+
+ON_CPU = "native" if native.info().loaded else "tiled"
+"""What computes a product with a small matrix on CPU, if nothing else is asked for."""
 
 
 def examples(share: float) -> hypothesis.settings:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from helpers import examples, STRATEGIES
+from helpers import examples, ON_CPU, STRATEGIES
 from jax import lax
 
 import eqquant as eqq
@@ -253,7 +253,7 @@ def test_over_a_single_point_it_is_a_product(format, order):
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(pull_back(y), dense_pull_back(y), rtol=1e-4, atol=1e-4)
     (row,) = eqq.audit(lambda x, w: lax.conv_general_dilated(x, w, **c.options), x, w).rows
-    assert row.kernel == "tiled"
+    assert row.kernel in (ON_CPU, "tiled")  # small blocks are not decoded by the native kernels
 
 
 @pytest.mark.parametrize(

@@ -250,3 +250,20 @@ def test_a_compiler_that_fails_says_what_it_said(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", sys.executable)
     with pytest.raises(build.CannotCompile, match="failed"):
         build.compile_library(tmp_path / "library.so")
+
+
+def test_products_of_integers_are_exact():
+    x = np.random.default_rng(0).integers(-1000, 1000, (20, 300)).astype(np.float32)
+    for levels, rows in (("ternary", 3), ("binary", 20)):
+        signs = np.sign(np.random.default_rng(1).normal(size=(40, 300))).astype(np.int8)
+        w = eqq.Array1B.quantize(jnp.asarray(signs), jnp.float32, levels=levels)
+        np.testing.assert_array_equal(
+            product("mk,nk->mn", jnp.asarray(x[:rows]), w), x[:rows] @ signs.T
+        )
+
+
+def test_a_scale_for_each_column_does_not_round_activations_twice(level):
+    w, x = eqq.Array8B.quantize(normal(30, 200), axis=0), normal(4, 200)
+    run = lambda **how: jax.jit(eqq.implicit(lambda x, w: x @ w.T, **how))(x, w)  # noqa: E731
+    want = run(activations="int8", implementation="xla")
+    np.testing.assert_allclose(run(activations="int8"), want, rtol=1e-4, atol=1e-4)

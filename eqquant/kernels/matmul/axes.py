@@ -43,8 +43,7 @@ class Axes(NamedTuple):
         """Those of each product, if it is mapped over these axes."""
 
         def left(axes: tuple[int, ...], gone: int | None) -> tuple[int, ...]:
-            after = len(axes) if gone is None else gone
-            return tuple(axis - (axis > after) for axis in axes if axis != gone)
+            return tuple(axis - (gone is not None and axis > gone) for axis in axes if axis != gone)
 
         return Axes(
             left(self.x_contract, x_axis),

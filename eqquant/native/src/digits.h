@@ -1,13 +1,15 @@
 // Products of integers, summed along the stored rows: y = x . w^T by digits of x.
 //
-// Processors multiply 8-bit integers four times as fast as floats. With x_k = u (d0_k + d1_k / 254 + d2_k / 254^2), where
-// u is the largest |x_k| over 127 and the digits are at most 127, three digits say all of a float32, and
+// Processors multiply 8-bit integers four times as fast as floats. The numbers of a row of x are written as integers of 24
+// bits, times a unit that is a power of two: three digits d0 256^2 + d1 256 + d2 between -128 and 127. With w = low + code
+// (or low + 2 code, in the codes of bits), and u the unit,
 //
-//   sum_k w_k x_k = u (sum_k w_k d0_k + sum_k w_k d1_k / 254 + ...),   w_k = low + step * code_k:
-//   sum_k w_k d_k = step * sum_k code_k d_k + low * sum_k d_k
+//   sum_k w_k x_k = u (256^2 sum_k w_k d0_k + 256 sum_k w_k d1_k + sum_k w_k d2_k)
+//   sum_k w_k d_k = sum_k code_k d_k + low sum_k d_k
 //
-// where the codes are unsigned bytes, as the instruction wants one operand to be. One digit serves where x is rounded to
-// 8 bits already. All sums are of integers, without rounding.
+// where the codes are unsigned bytes, as the instruction wants one operand to be. All sums are of integers, without
+// rounding; and so the product of integers is an exact one. Where x is rounded to 8 bits already, one digit serves, and
+// the unit is the largest |x| over 127.
 #pragma once
 #include <atomic>
 #include <cfloat>
@@ -19,7 +21,7 @@ namespace eqquant::EQQUANT_LEVEL {
 
 constexpr int64_t GROUP = 64;              // bytes of a row that are decoded at once
 constexpr int64_t MAX_LENGTH = 1 << 16;    // 65536 products of 255 and 127 do not exceed 32 bits
-constexpr float BASE = 254;
+constexpr float BASE = 256, LARGEST = 127 * BASE * BASE;
 
 // The codes in 64 bytes of a row, place by place.
 struct Int8Codes {
@@ -64,19 +66,21 @@ template <int D> bool digits_of(const float* x, const int32_t* order, int64_t le
     most = _mm512_max_ps(most, a);
   }
   if (!finite) return false;
-  const float u = std::max(_mm512_reduce_max_ps(most) / 127, FLT_MIN);
+  const float largest = _mm512_reduce_max_ps(most);
+  int exponent;
+  std::frexp(largest / LARGEST, &exponent);
+  const float u = std::max(D == 1 ? largest / 127 : std::ldexp(1.0f, exponent), FLT_MIN);
   __m512i sum[D];
   for (int d = 0; d < D; d++) sum[d] = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += LANES) {
     const __m512i at = _mm512_loadu_si512(order + i);
-    __m512 rest = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), _mm512_cmpge_epi32_mask(at, _mm512_setzero_si512()), at, x, 4);
-    rest = _mm512_div_ps(rest, _mm512_set1_ps(u));
-    for (int d = 0; d < D; d++) {
-      const __m512 nearest = _mm512_roundscale_ps(rest, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      const __m512i digit = _mm512_cvtps_epi32(nearest);
+    const __m512 numbers = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), _mm512_cmpge_epi32_mask(at, _mm512_setzero_si512()), at, x, 4);
+    __m512i rest = _mm512_cvtps_epi32(_mm512_div_ps(numbers, _mm512_set1_ps(u)));
+    for (int d = D - 1; d >= 0; d--) {  // the last digit first, and what is left of the number
+      const __m512i digit = d ? _mm512_srai_epi32(_mm512_slli_epi32(rest, 24), 24) : rest;
       sum[d] = _mm512_add_epi32(sum[d], digit);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d * ldd + i / GROUP * stride + i % GROUP), _mm512_cvtepi32_epi8(digit));
-      rest = _mm512_mul_ps(_mm512_sub_ps(rest, nearest), _mm512_set1_ps(BASE));
+      rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, digit), 8);
     }
   }
   *unit = u;
@@ -137,8 +141,8 @@ template <class W, int D> bool few_by_digits(const Problem& p, const Pool& pool)
         else few_digits<W, MOST * D, ROWS>(w, digits, n, last, reinterpret_cast<int32_t(*)[MOST * D]>(out));
         for (int r = 0; r < ROWS && n + r < last; r++)
           for (int64_t q = 0; q < columns; q++) {
-            double sum = 0;  // the sums of the digits may cancel most of the rest
-            for (int d = D - 1; d >= 0; d--) sum = sum / BASE + (static_cast<double>(out[(r * columns + q) * D + d]) + static_cast<double>(W::LOW) * sums[m + q][d]);
+            double sum = 0;  // holds all of it
+            for (int d = 0; d < D; d++) sum = sum * BASE + (static_cast<double>(out[(r * columns + q) * D + d]) + static_cast<double>(W::LOW) * sums[m + q][d]);
             p.y[(m + q) * w.rows + n + r] = static_cast<float>(sum * unit[m + q]) * *w.scales_of(n + r);
           }
       }
@@ -224,9 +228,9 @@ template <class W, int D, int VECTORS, int N> bool many_by_digits(const Problem&
           const __m512 unit = _mm512_loadu_ps(units + m);
           for (int j = 0; j < N && n + j < last; j++) {
             __m512 sum = _mm512_setzero_ps();
-            for (int d = D - 1; d >= 0; d--) {
+            for (int d = 0; d < D; d++) {
               const __m512i low = _mm512_mullo_epi32(_mm512_loadu_si512(sums + (q * D + d) * ROWS + h), _mm512_set1_epi32(W::LOW));
-              sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(1 / BASE), _mm512_cvtepi32_ps(_mm512_add_epi32(acc[j][D > 1 ? d : h / LANES], low)));
+              sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(BASE), _mm512_cvtepi32_ps(_mm512_add_epi32(acc[j][D > 1 ? d : h / LANES], low)));
             }
             alignas(64) float y[LANES];
             _mm512_store_ps(y, _mm512_mul_ps(_mm512_mul_ps(sum, unit), _mm512_set1_ps(*w.scales_of(n + j))));

@@ -37,9 +37,10 @@ def compute(product: Product, target: Target) -> Array:
     """As `reference`, where `supports` says so. Reads the stored numbers, and writes nothing but the result."""
 
     def of_matrix(x: Array, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> Array:
-        x = x.astype(jnp.float32)
+        x, rounded = x.astype(jnp.float32), product.digits == 1
         if scale is not None and scale.is_constant_along(1 - axis):
             # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
+            rounded = False
             x, scale = x * to_elements(scale, [axis]).reshape(-1).astype(jnp.float32), None
         code, tile = _code_of(w), _tile_of(w)
         assert code is not None
@@ -64,7 +65,7 @@ def compute(product: Product, target: Target) -> Array:
             high_first=w.coding.first == "high",
             row_block=blocks[0],
             block=blocks[1],
-            rounded=product.digits == 1,
+            rounded=rounded,
         )
 
     return by_matrices(of_matrix, product.x, product.w, product.axes)
