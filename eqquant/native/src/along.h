@@ -95,7 +95,7 @@ template <class W, int SEGMENT> void few(const Problem& p, const Scales& scales,
     int64_t m = 0;
     for (; m + 4 <= p.m; m += 4) few_rows<W, 4, EQQUANT_WIDE ? 4 : 1, SEGMENT>(p, format, scales, x + m * ldx, ldx, p.y + m * w.rows, first, last);
     for (; m + 2 <= p.m; m += 2) few_rows<W, 2, EQQUANT_WIDE ? 4 : 2, SEGMENT>(p, format, scales, x + m * ldx, ldx, p.y + m * w.rows, first, last);
-    for (; m < p.m; m++) few_rows<W, 1, EQQUANT_WIDE ? 4 : 4, SEGMENT>(p, format, scales, x + m * ldx, ldx, p.y + m * w.rows, first, last);
+    for (; m < p.m; m++) few_rows<W, 1, EQQUANT_WIDE ? 8 : 4, SEGMENT>(p, format, scales, x + m * ldx, ldx, p.y + m * w.rows, first, last);
   });
 }
 

@@ -40,7 +40,7 @@ inline I where_above(I a, I limit, I then, I otherwise) {  // a > limit ? then :
 }
 // table[index % 16]
 inline F look_up(F table, I index) { return _mm512_permutexvar_ps(index, table); }
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 #elif defined(__AVX2__)
 #define EQQUANT_WIDE 0
@@ -83,7 +83,7 @@ inline __m256 look_up_half(F table, __m256i index) {
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 inline F look_up(F table, I index) { return {look_up_half(table, index.a), look_up_half(table, index.b)}; }
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 #else  // whatever instructions the compiler has for vectors
 #define EQQUANT_WIDE 0
