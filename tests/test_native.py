@@ -123,7 +123,10 @@ def test_rounded_activations_are_exact(level, name):
             x.astype(np.float64)
             @ (np.asarray(w.materialize(), np.float64) / scale[:, None]).round().T
         )
-        np.testing.assert_allclose(y, sums * scale, rtol=1e-6)
+        # Digits are summed up without rounding, floats are not.
+        terms = abs(x) @ abs(np.asarray(w.materialize())).T
+        atol = 0 if level == "x86_64_v4" else 1e-6 * terms.max()
+        np.testing.assert_allclose(y, sums * scale, rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4 double", "ternary"])

@@ -19,20 +19,24 @@ from .product import Product
 OfMatrix = Callable[[Any, AbstractScaledArray, Leaf | None, int], Any]
 
 
-def by_matrices(of_matrix: OfMatrix, x: Array, w: AbstractScaledArray, axes: Axes) -> Array:
+def by_matrices(
+    of_matrix: OfMatrix, x: Array, w: AbstractScaledArray, axes: Axes, all_scales: bool = False
+) -> Array:
     """The product of `x` and `w` along these axes, by `of_matrix(x, w, scale, axis)` of a matrix (rows, inputs) and
     the values of a quantized one, times the scale unless that is None, summed over that axis: a matrix (rows, outputs).
+    A scale that is constant along that axis is multiplied in here, unless `all_scales` are left to `of_matrix`.
 
     Neighbouring axes of `w` of the same kind become one; over the others `of_matrix` is mapped.
 
     **Raises:** `Unaligned` if `w` cannot be seen as a matrix or a stack of them.
     """
     if axes.w_batch:
-        return _mapped(of_matrix, x, w, axes, axes.x_batch[0], axes.w_batch[0], out=0)
+        return _mapped(of_matrix, x, w, axes, axes.x_batch[0], axes.w_batch[0], 0, all_scales)
     is_summed = [axis in axes.w_contract for axis in range(w.ndim)]
     kinds = [kind for kind, _ in itertools.groupby(is_summed)]
     if kinds == [False, True, False]:
-        return _mapped(of_matrix, x, w, axes, None, 0, out=len(axes.x_free(x.ndim)))
+        out = len(axes.x_free(x.ndim))
+        return _mapped(of_matrix, x, w, axes, None, 0, out, all_scales)
     if sorted(kinds) != [False, True]:
         raise Unaligned
     inputs = [i for _, i in sorted(zip(axes.w_contract, axes.x_contract, strict=True))]
@@ -45,12 +49,23 @@ def by_matrices(of_matrix: OfMatrix, x: Array, w: AbstractScaledArray, axes: Axe
         matrix = sizes if kinds[1] else sizes[::-1]
         w = w.moved(lambda leaf: reshape(leaf, matrix))
     axis, scale, x = int(kinds[1]), w.scale_leaf, x.reshape(-1, sizes[1])
-    if scale is not None and scale.is_constant_along(axis):
-        # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.
-        y = of_matrix(x, w, None, axis) * to_elements(scale, [1 - axis]).reshape(-1)
+    if scale is not None and scale.is_constant_along(axis) and not all_scales:
+        y = of_matrix(x, w, None, axis) * scale_of_outputs(scale, axis)
     else:
         y = of_matrix(x, w, scale, axis)
     return y.reshape(*batch, *outputs)
+
+
+def scale_of_outputs(scale: Leaf, axis: int) -> Array:
+    """What the outputs are multiplied with, if the scale of a matrix is constant along the axis that is summed over."""
+    # sum_j x_j (s_i q_ij) = s_i sum_j x_j q_ij: a scale constant along j leaves the sum.
+    return to_elements(scale, [1 - axis]).reshape(-1)
+
+
+def scale_of_inputs(scale: Leaf, axis: int) -> Array:
+    """What the inputs are multiplied with, if the scale of a matrix is constant along the axis of the outputs."""
+    # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
+    return to_elements(scale, [axis]).reshape(-1)
 
 
 def _mapped(
@@ -61,6 +76,7 @@ def _mapped(
     x_axis: Any,
     axis: int,
     out: int,
+    all_scales: bool,
 ) -> Array:
     """`by_matrices` for each entry of `axis` of `w`, and of `x_axis` of `x` unless that is None."""
     w = w.expanded()
@@ -78,13 +94,15 @@ def _mapped(
     rest = axes.without(x_axis, axis)
 
     def each(x: Array, *leaves: Array) -> Array:
-        return by_matrices(of_matrix, x, jtu.tree_unflatten(treedef, leaves), rest)
+        return by_matrices(of_matrix, x, jtu.tree_unflatten(treedef, leaves), rest, all_scales)
 
     in_axes = (x_axis, *(None if one else axis for one in shared))
     return jax.vmap(each, in_axes, out)(x, *leaves)
 
 
-def holds_for_matrices(condition: OfMatrix, product: Product, dtypes: Sequence[Any]) -> bool:
+def holds_for_matrices(
+    condition: OfMatrix, product: Product, dtypes: Sequence[Any], all_scales: bool = False
+) -> bool:
     """Whether `by_matrices` computes this product, in float32 and from operands of these dtypes that 32 bits can
     count, and the condition holds for what it gives to `of_matrix`."""
     x, w, found = product.x, product.w, []
@@ -98,7 +116,7 @@ def holds_for_matrices(condition: OfMatrix, product: Product, dtypes: Sequence[A
         return jnp.zeros((len(x), w.shape[1 - axis]))
 
     try:
-        jax.eval_shape(lambda x, w: by_matrices(of_matrix, x, w, product.axes), x, w)
+        jax.eval_shape(lambda x, w: by_matrices(of_matrix, x, w, product.axes, all_scales), x, w)
     except Unaligned:
         return False
     return all(found)

@@ -71,6 +71,11 @@ void few_across(const Problem& p, const W& format, const Scales& scales, int64_t
     }
 }
 
+// How many chunks a strip has: at most so many, and less if there are too few strips for all threads.
+inline int64_t strip_of(int64_t chunks, int64_t most, const Pool& pool) {
+  return std::clamp<int64_t>(up(chunks / (4 * pool.threads()), 4), std::min<int64_t>(4, most), most);
+}
+
 template <class W> void across(const Problem& p, const Pool& pool) {
   constexpr int64_t ROWS = 64;       // of w that are decoded at a time
   constexpr int64_t COLUMNS = 512;   // about so many in a strip
@@ -81,9 +86,9 @@ template <class W> void across(const Problem& p, const Pool& pool) {
   const W format(w);
   const Scales scales(w);
   const int32_t* order = order_of<W>(w);
-  const int64_t chunks = chunks_of(w);
-  pool.each((chunks + STEP - 1) / STEP, [&](int64_t i) {
-    const int64_t begin = i * STEP, end = std::min(chunks, begin + STEP);
+  const int64_t chunks = chunks_of(w), step = strip_of(chunks, STEP, pool);
+  pool.each((chunks + step - 1) / step, [&](int64_t i) {
+    const int64_t begin = i * step, end = std::min(chunks, begin + step);
     float* block = for_weights.get<float>(ROWS * LD);
     float* y = for_outputs.get<float>(p.m * LD);
     memset(y, 0, p.m * LD * sizeof(float));

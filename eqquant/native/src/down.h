@@ -76,15 +76,15 @@ template <class W> void across_down(const Problem& p, const Pool& pool) {
   const Matrix& w = p.w;
   const W format(w);
   const ColumnScales scales(w);
-  const int64_t chunks = chunks_of(w), ldx = w.rows * W::PLACES;
+  const int64_t chunks = chunks_of(w), ldx = w.rows * W::PLACES, step = strip_of(chunks, STEP, pool);
   float* x = for_inputs.get<float>(p.m * ldx + 1);
   for (int64_t r = 0; r < w.rows; r++)
     for (int place = 0; place < W::PLACES; place++) {
       const int64_t row = row_in<W>(w, r, place);
       for (int64_t m = 0; m < p.m; m++) x[m * ldx + r * W::PLACES + place] = row < 0 ? 0 : p.x[m * w.height + row];
     }
-  pool.each((chunks + STEP - 1) / STEP, [&](int64_t i) {
-    const int64_t begin = i * STEP, end = std::min(chunks, begin + STEP), width = std::min(w.length, end * CHUNK) - begin * CHUNK;
+  pool.each((chunks + step - 1) / step, [&](int64_t i) {
+    const int64_t begin = i * step, end = std::min(chunks, begin + step), width = std::min(w.length, end * CHUNK) - begin * CHUNK;
     float* y = for_outputs.get<float>(p.m * LD);
     if (p.m == 1) {
       int64_t c = begin;

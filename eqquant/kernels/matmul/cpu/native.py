@@ -8,8 +8,13 @@ from jax import Array
 from .... import native
 from ...._scaled import AbstractScaledArray
 from ....coding import Coding, FloatCoding, TernaryCoding
-from ....tiles import Leaf, Tile, to_elements
-from ..as_matrices import by_matrices, holds_for_matrices
+from ....tiles import Leaf, Tile
+from ..as_matrices import (
+    by_matrices,
+    holds_for_matrices,
+    scale_of_inputs,
+    scale_of_outputs,
+)
 from ..product import Product, Target
 
 
@@ -30,18 +35,21 @@ def supports(product: Product) -> bool:
     """Whether the kernels are there, and decode the weight where it lies."""
     batch = product.axes.w_batch
     in_place = batch == (*range(len(batch)),)  # matrices that are apart would be copied
-    return native.info().loaded and in_place and holds_for_matrices(_decodes, product, FLOATS)
+    found = native.info().loaded and in_place
+    return found and holds_for_matrices(_decodes, product, FLOATS, all_scales=True)
 
 
 def compute(product: Product, target: Target) -> Array:
     """As `reference`, where `supports` says so. Reads the stored numbers, and writes nothing but the result."""
 
     def of_matrix(x: Array, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> Array:
-        x, rounded = x.astype(jnp.float32), product.digits == 1
-        if scale is not None and scale.is_constant_along(1 - axis):
-            # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
-            rounded = False
-            x, scale = x * to_elements(scale, [axis]).reshape(-1).astype(jnp.float32), None
+        x, rounded, outputs = x.astype(jnp.float32), product.digits == 1, None
+        if scale is not None and not _takes(w, scale):
+            if scale.is_constant_along(axis):
+                outputs = scale_of_outputs(scale, axis).astype(jnp.float32)
+            else:
+                x, rounded = x * scale_of_inputs(scale, axis).astype(jnp.float32), False
+            scale = None
         code, tile = _code_of(w), _tile_of(w)
         assert code is not None
         scales = jnp.ones((1, 1), jnp.float32)
@@ -49,7 +57,7 @@ def compute(product: Product, target: Target) -> Array:
         if scale is not None:
             scales = scale.array.astype(jnp.float32)
             blocks = [_block(scale, each) for each in range(2)]
-        return native.call_product(
+        y = native.call_product(
             x,
             w.payload_leaf.array,
             scales,
@@ -67,8 +75,9 @@ def compute(product: Product, target: Target) -> Array:
             block=blocks[1],
             rounded=rounded,
         )
+        return y if outputs is None else y * outputs
 
-    return by_matrices(of_matrix, product.x, product.w, product.axes)
+    return by_matrices(of_matrix, product.x, product.w, product.axes, all_scales=True)
 
 
 def _decodes(x: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> bool:
@@ -76,8 +85,13 @@ def _decodes(x: Any, w: AbstractScaledArray, scale: Leaf | None, axis: int) -> b
     code, tile = _code_of(w), _tile_of(w)
     if code is None or code.places != -(-tile.size // tile.stored):
         return False
-    if scale is not None and scale.is_constant_along(1 - axis):
-        scale = None  # it goes to the input
+    if scale is not None and any(map(scale.is_constant_along, range(2))) and not _takes(w, scale):
+        scale = None  # it goes to the input or the output
+    return _takes(w, scale)
+
+
+def _takes(w: AbstractScaledArray, scale: Leaf | None) -> bool:
+    """Whether the kernels multiply the numbers of this matrix with this scale."""
     return _is_along_rows(w, scale) or _is_down_columns(w, scale)
 
 

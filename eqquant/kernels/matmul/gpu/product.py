@@ -10,8 +10,8 @@ from jax import Array
 
 from ...._compat import promote_types
 from ...._scaled import AbstractScaledArray
-from ....tiles import Leaf, to_elements
-from ..as_matrices import by_matrices, holds_for_matrices
+from ....tiles import Leaf
+from ..as_matrices import by_matrices, holds_for_matrices, scale_of_inputs
 from ..product import has_sixteen_levels, has_slack, Product, Target
 from .blocks import Blocks, blocks_for, Case, MAX_ROWS, splits_for
 
@@ -60,11 +60,7 @@ def compute(
             if dtype == jnp.float16 and (to_input or not shared):
                 dtype = jnp.dtype("float32")  # float16 is too narrow for its numbers times a scale
             if to_input:
-                # sum_j x_j (s_j q_ij) = sum_j (x_j s_j) q_ij: a scale constant along i goes to the input.
-                rows, scale = (
-                    rows.astype(jnp.float32) * to_elements(scale, [axis]).reshape(-1),
-                    None,
-                )
+                rows, scale = rows.astype(jnp.float32) * scale_of_inputs(scale, axis), None
         case = case_of(len(rows), w, axis, dtype)
         cut = blocks or blocks_for(case, target.device)
         inputs = kernel.Side.of(payload, scale, axis, cut.inputs)
