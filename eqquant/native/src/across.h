@@ -71,6 +71,18 @@ void few_across(const Problem& p, const W& format, const Scales& scales, int64_t
     }
 }
 
+// y[m rows][width columns] += x[m rows][count] . w[count][width], M rows at a time.
+template <int M, int VECTORS> void strips(int64_t rows, const float* x, int64_t ldx, const float* w, int64_t ld, int64_t count, int64_t width, float* y) {
+  // Rows of x that lie at multiples of a power of 2 would share few sets of the cache.
+  float* piece = for_piece.get<float>(rows * count);
+  for (int64_t m = 0; m < rows; m++) memcpy(piece + m * count, x + m * ldx, count * sizeof(float));
+  int64_t m = 0;
+  for (; m + M <= rows; m += M)
+    for (int64_t j = 0; j < width; j += VECTORS * LANES) strip<M, VECTORS>(piece + m * count, count, w + j, ld, count, y + m * ld + j, ld);
+  for (; m < rows; m++)
+    for (int64_t j = 0; j < width; j += VECTORS * LANES) strip<1, VECTORS>(piece + m * count, count, w + j, ld, count, y + m * ld + j, ld);
+}
+
 // How many chunks a strip has: at most so many, and less if there are too few strips for all threads.
 inline int64_t strip_of(int64_t chunks, int64_t most, const Pool& pool) {
   return std::clamp<int64_t>(up(chunks / (4 * pool.threads()), 4), std::min<int64_t>(4, most), most);
@@ -114,12 +126,7 @@ template <class W> void across(const Problem& p, const Pool& pool) {
           for (int place = 0; place < W::PLACES; place++, out += LANES) store(out, mul(v[place], s));
         }
       }
-      const int64_t width = up((end - begin) * W::PLACES, VECTORS) * LANES;
-      int64_t m = 0;
-      for (; m + M <= p.m; m += M)
-        for (int64_t j = 0; j < width; j += VECTORS * LANES) strip<M, VECTORS>(p.x + m * w.rows + k, w.rows, block + j, LD, rows, y + m * LD + j, LD);
-      for (; m < p.m; m++)
-        for (int64_t j = 0; j < width; j += VECTORS * LANES) strip<1, VECTORS>(p.x + m * w.rows + k, w.rows, block + j, LD, rows, y + m * LD + j, LD);
+      strips<M, VECTORS>(p.m, p.x + k, w.rows, block, LD, rows, up((end - begin) * W::PLACES, VECTORS) * LANES, y);
     }
     const int32_t* column = order + begin * CHUNK * W::PLACES;
     for (int64_t m = 0; m < p.m; m++)

@@ -126,7 +126,18 @@ template <int VECTORS, int N> void panel(const float* x, const float* w, int64_t
     }
 }
 
-// `wide`: two vectors of rows of x at a time, for which a level needs 32 registers.
+// Rows of x as out[number][L rows], for some of the numbers in this order; without one, in their own. Zeros where there are
+// none.
+template <int64_t L> void pack_panel(const float* x, int64_t rows, int64_t length, const int32_t* order, int64_t begin, int64_t end, float* out) {
+  for (int64_t l = 0; l < L; l++) {
+    const float* row = x + l * length;
+    for (int64_t k = begin; k < end; k++) {
+      const int64_t at = order ? order[k] : k < length ? k : -1;
+      out[k * L + l] = l < rows && at >= 0 ? row[at] : 0;
+    }
+  }
+}
+
 template <class W, int VECTORS, int N> void many(const Problem& p, const Scales& scales, const Pool& pool) {
   constexpr int64_t LONG = 256;          // numbers of a row: their sum is rounded little
   constexpr int64_t HIGH = 144;          // rows of w in a block, a multiple of N
@@ -138,14 +149,11 @@ template <class W, int VECTORS, int N> void many(const Problem& p, const Scales&
   const int64_t length = padded<W>(w), panels = (p.m + L - 1) / L;
   const int32_t* order = order_of<W>(w);
   float* x = for_inputs.get<float>(panels * L * length);
-  constexpr int64_t CUT = 1024;
+  constexpr int64_t CUT = 256;
   const int64_t cuts = (length + CUT - 1) / CUT;
   pool.each(panels * cuts, [&](int64_t i) {  // x as [panel][number][row]
     const int64_t begin = i % cuts * CUT, end = std::min(length, begin + CUT), row = i / cuts * L;
-    const int64_t rows = std::min(L, p.m - row);
-    float* out = x + row * length;
-    for (int64_t k = begin; k < end; k++)
-      for (int64_t l = 0; l < L; l++) out[k * L + l] = l < rows && order[k] >= 0 ? p.x[(row + l) * w.length + order[k]] : 0;
+    pack_panel<L>(p.x + row * w.length, std::min(L, p.m - row), w.length, order, begin, end, x + row * length);
   });
   const int64_t high = (w.rows + HIGH - 1) / HIGH, broad = (panels + BROAD - 1) / BROAD;
   pool.each(high * broad, [&](int64_t i) {

@@ -28,7 +28,7 @@ struct Scratch {
     return static_cast<T*>(p);
   }
 };
-inline thread_local Scratch for_inputs, for_weights, for_outputs, for_order;
+inline thread_local Scratch for_inputs, for_weights, for_outputs, for_order, for_piece;
 
 // For [chunk of so many bytes][place][lane]: the position in its row of the number that lies there, or -1.
 template <class W, int64_t BYTES = CHUNK> const int32_t* order_of(const Matrix& w) {

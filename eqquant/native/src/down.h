@@ -96,12 +96,11 @@ template <class W> void across_down(const Problem& p, const Pool& pool) {
       memset(y, 0, p.m * LD * sizeof(float));
       for (int64_t k = 0; k < w.rows; k += ROWS) {
         const int64_t rows = std::min(ROWS, w.rows - k), count = rows * W::PLACES;
-        for (int64_t r = 0; r < rows; r++) decode_row(format, w, scales, k + r, begin, end, block + r * W::PLACES * LD, LD);
-        int64_t m = 0;
-        for (; m + M <= p.m; m += M)
-          for (int64_t j = 0; j < width; j += VECTORS * LANES) strip<M, VECTORS>(x + m * ldx + k * W::PLACES, ldx, block + j, LD, count, y + m * LD + j, LD);
-        for (; m < p.m; m++)
-          for (int64_t j = 0; j < width; j += VECTORS * LANES) strip<1, VECTORS>(x + m * ldx + k * W::PLACES, ldx, block + j, LD, count, y + m * LD + j, LD);
+        for (int64_t r = 0; r < rows; r++) {
+          for (int64_t b = begin * CHUNK; b < end * CHUNK; b += 64) prefetch(w.codes + (k + r + ROWS) * w.bytes + b);
+          decode_row(format, w, scales, k + r, begin, end, block + r * W::PLACES * LD, LD);
+        }
+        strips<M, VECTORS>(p.m, x + k * W::PLACES, ldx, block, LD, count, up(width, VECTORS * LANES), y);
       }
     }
     for (int64_t m = 0; m < p.m; m++) memcpy(p.y + m * w.length + begin * CHUNK, y + m * LD, width * sizeof(float));
@@ -135,10 +134,7 @@ template <class W, int VECTORS, int N> void many_along_down(const Problem& p, co
   const W format(w);
   const int64_t length = chunks_of(w) * CHUNK, panels = (p.m + L - 1) / L;
   float* x = for_inputs.get<float>(panels * L * length);
-  pool.each(panels, [&](int64_t q) {  // x as [panel][number][row]
-    for (int64_t k = 0; k < length; k++)
-      for (int64_t l = 0; l < L; l++) x[q * L * length + k * L + l] = q * L + l < p.m && k < w.length ? p.x[(q * L + l) * w.length + k] : 0;
-  });
+  pool.each(panels, [&](int64_t q) { pack_panel<L>(p.x + q * L * w.length, std::min(L, p.m - q * L), w.length, nullptr, 0, length, x + q * L * length); });
   const int64_t high = (w.rows + HIGH - 1) / HIGH, broad = (panels + BROAD - 1) / BROAD;
   pool.each(high * broad, [&](int64_t i) {
     const int64_t first = i / broad * HIGH, stored = std::min(HIGH, w.rows - first), rows = stored * W::PLACES;
