@@ -1,4 +1,4 @@
-"""Turns the files in `results/` into the tables of docs/pages/speed.md and results.md, and `matmul.json` into their plot.
+"""Turns the files in `results/` into the tables of docs/pages/speed.md and results.md, and `native.json` into their plot.
 
 python benchmarks/show.py
 """
@@ -21,11 +21,20 @@ SUMMARY = (
     "Array8B",
     "Array8B, int8 activations",
     "ArrayNF4",
-    "ArrayNF4, column-major",
-    "Array1B, ternary, column-major",
-    "Array1B, binary, column-major",
+    "ArrayInt4",
+    "ArrayNVFP4",
+    "ArrayFP8",
+    "Array1B, ternary",
+    "Array1B, binary",
+    "RSROperatorTernary",
 )
-CASES = (("4096 square", 1), ("4096 square", 16), ("4096 square", 512), ("MiniLM up", 1))
+CASES = (
+    ("4096 square", 1),
+    ("4096 square", 4),
+    ("4096 square", 16),
+    ("4096 square", 512),
+    ("MiniLM up", 1),
+)
 # The format of eqquant, and what is next to it in eformer and qwix.
 SAME = {
     "Array8B": ("eformer Array8B", "qwix int8"),
@@ -63,7 +72,7 @@ def rows_as_text(count: int) -> str:
 
 def summary_table() -> str:
     """A Markdown table: a few formats in a few cases, dense time over time."""
-    stored = stored_as("matmul")
+    stored = stored_as("native")
     cases = [
         next(row for row in rows_of(stored, shape, "w @ x") if row["rows"] == count)
         for shape, count in CASES
@@ -87,6 +96,16 @@ def model_table() -> str:
     for name, size in found["bytes"].items():
         cells = [f"{1 / times[name]['ratio']:.2f}" for times in (step, prompt)]
         lines.append(f"| {name} | " + " | ".join([*cells, f"{size / 1e6:.0f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def training_table() -> str:
+    """A Markdown table: a step of training over each base, time and memory over those of the dense one."""
+    bases = stored_as("training")["results"]["bases"]
+    lines = ["| base | time / dense | memory / dense |", "|---|---|---|"]
+    for name, found in bases.items():
+        memory = found["bytes"] / bases[BASELINE]["bytes"]
+        lines.append(f"| {name} | {found['ratio']:.2f} | {memory:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -167,18 +186,20 @@ def against_table(files: list[str], dtype: str) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with every table after its comment: `<!-- table: shape, orientation[, dtype] -->`,
+    """The page with every table after its comment: `<!-- table: [native ]shape, orientation[, dtype] -->`,
     `<!-- table: peers of files, dtype -->`, `<!-- table: against peers of files, dtype -->`,
-    `<!-- table: summary -->` or `<!-- table: model -->`."""
+    `<!-- table: summary -->`, `<!-- table: model -->` or `<!-- table: training -->`."""
+    alone = {"summary": summary_table, "model": model_table, "training": training_table}
 
     def replaced(match: re.Match[str]) -> str:
         what, *how = match[2].split(", ")
-        if what in ("summary", "model"):
-            return match[1] + {"summary": summary_table, "model": model_table}[what]()
+        if what in alone:
+            return match[1] + alone[what]()
         for kind, of in {"peers of ": peers_table, "against peers of ": against_table}.items():
             if what.startswith(kind):
                 return match[1] + of(what.removeprefix(kind).split(), *how)
-        return match[1] + table(stored_as("matmul"), what, *how)
+        file = "native" if what.startswith("native ") else "matmul"
+        return match[1] + table(stored_as(file), what.removeprefix("native "), *how)
 
     return BLOCK.sub(replaced, page)
 
@@ -220,7 +241,7 @@ def plot(stored: Any, file: pathlib.Path) -> None:
 def main() -> None:
     for page in PAGES:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
-    plot(stored_as("matmul"), RESULTS / "matmul.png")
+    plot(stored_as("native"), RESULTS / "matmul.png")
     IMAGE.parent.mkdir(exist_ok=True)
     IMAGE.write_bytes((RESULTS / "matmul.png").read_bytes())
     print("wrote results/matmul.png and the tables of docs/pages")
