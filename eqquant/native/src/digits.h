@@ -244,7 +244,10 @@ template <class W, int D, int VECTORS, int N> bool many_by_digits(const Problem&
 
 template <class W> bool with_codes(const Problem& p, const Pool& pool) {
   if (p.rounded) return p.m <= 8 ? few_by_digits<W, 1>(p, pool) : p.m <= LANES ? many_by_digits<W, 1, 1, 24>(p, pool) : many_by_digits<W, 1, 2, 12>(p, pool);
-  return p.m <= 8 ? few_by_digits<W, 3>(p, pool) : many_by_digits<W, 3, 3, 8>(p, pool);
+  if (p.m <= 8) return few_by_digits<W, 3>(p, pool);
+  // To find the digits of a row takes as long as some hundred products with it.
+  if (p.m > LANES && p.w.rows < 2048) return false;
+  return many_by_digits<W, 3, 3, 8>(p, pool);
 }
 
 // The product by digits. False, and nothing is done, if it is none of integers with a scale for each row, or if x is
