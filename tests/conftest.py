@@ -23,6 +23,8 @@ from jax._src import compiler
 jaxtyping.install_import_hook("eqquant", "beartype.beartype")
 import helpers  # noqa: E402, after the hook: it imports eqquant
 
+from eqquant import native  # noqa: E402
+
 
 # Tracing makes many small objects: a tenth of the time went into looking for cycles.
 gc.set_threshold(200_000, 20, 50)
@@ -86,6 +88,12 @@ def fully_optimized():
     _optimize(True)
     yield
     _optimize(False)
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """For tests of XLA's operations for CPUs: they are chosen as if there were no native kernels."""
+    monkeypatch.setattr(native, "info", lambda: native.Info(False, None, "a test does without"))
 
 
 _optimize(False)

@@ -59,6 +59,7 @@ def test_products(name, inputs):
         np.testing.assert_allclose(columns @ x.T, dense @ x.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("without_native")
 @pytest.mark.parametrize("name", ["ternary", "binary", "nf4", "rsr binary"])
 def test_products_with_one_vector_go_by_tables(name):
     rows, columns = pair(name, 1280, 64)

@@ -15,7 +15,7 @@ from eqquant.kernels.matmul.product import Product, Target
 from eqquant.testing import QUANTIZERS
 
 
-pytestmark = pytest.mark.usefixtures("fully_optimized")
+pytestmark = pytest.mark.usefixtures("fully_optimized", "without_native")
 
 
 INTEGERS = {name: QUANTIZERS[name] for name in ("int8", "ternary", "binary", "rsr binary")}

@@ -16,7 +16,7 @@ from eqquant.kernels.matmul.product import Product, Target
 from eqquant.testing import QUANTIZERS
 
 
-pytestmark = pytest.mark.usefixtures("fully_optimized")
+pytestmark = pytest.mark.usefixtures("fully_optimized", "without_native")
 
 
 PACKED = {
