@@ -48,14 +48,16 @@ def levels_here() -> list[str]:
 def compile_library(
     to: Path = LIBRARY, levels: Sequence[str] | None = None, flags: Sequence[str] = ()
 ) -> Path:
-    """Compiles the library, with more flags for the compiler; returns its path. Raises `CannotCompile`."""
+    """Compiles the library, with more flags for the compiler; returns its path. Raises `CannotCompile`.
+
+    A level that the compiler is too old for is left out, unless there are flags: then it raises.
+    """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     if compiler is None or shutil.which(compiler) is None:
         raise CannotCompile("there is no C++ compiler (g++ or clang++, or as CXX says)")
     if sys.platform == "win32":
         raise CannotCompile("it is not compiled on Windows yet")
     levels = levels_here() if levels is None else levels
-    listed = f"-DEQQUANT_LEVELS(X)={''.join(f'X({level})' for level in levels)}"
     with tempfile.TemporaryDirectory() as scratch:
 
         def compile_file(source: str, name: str, *more: str) -> str:
@@ -63,12 +65,20 @@ def compile_library(
             _run([compiler, *FLAGS, *more, *flags, "-c", str(HERE / "src" / source), "-o", out])
             return out
 
-        jobs = [
-            ("level.cpp", level, f"-DEQQUANT_LEVEL={level}", *LEVELS[level]) for level in levels
-        ]
-        jobs.append(("ffi.cpp", "ffi", f"-I{_headers()}", listed))
+        def compile_level(level: str) -> str | CannotCompile:
+            try:
+                return compile_file("level.cpp", level, f"-DEQQUANT_LEVEL={level}", *LEVELS[level])
+            except CannotCompile as error:
+                return error
+
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [*pool.map(lambda job: compile_file(*job), jobs)]
+            found = dict(zip(levels, pool.map(compile_level, levels), strict=True))
+        served = {level: made for level, made in found.items() if isinstance(made, str)}
+        errors = [error for error in found.values() if isinstance(error, CannotCompile)]
+        if errors and (flags or not served):
+            raise errors[0]
+        listed = f"-DEQQUANT_LEVELS(X)={''.join(f'X({level})' for level in served)}"
+        objects = [*served.values(), compile_file("ffi.cpp", "ffi", f"-I{_headers()}", listed)]
         # The C++ library goes in, so that the only one that it needs is that of C.
         static = ["-static-libgcc", "-static-libstdc++"] if sys.platform == "linux" else []
         made = Path(scratch) / to.name
