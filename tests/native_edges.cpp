@@ -60,6 +60,8 @@ static double number(const Problem& p, uint8_t byte, int place) {
   return 0;
 }
 
+static int numbers_in_byte(Code code) { return code == Code::nibbles ? 2 : code == Code::ternary ? 5 : code == Code::bits ? 8 : 1; }
+
 static int failures = 0;
 
 static void check(Code code, int64_t m, int64_t rows, int64_t columns, int64_t stored, int64_t block, bool down, bool sum_along_rows) {

@@ -179,9 +179,8 @@ template <class W, int VECTORS, int N> void many(const Problem& p, const Scales&
       for (int64_t q = begin; q < end; q++)
         for (int64_t n = 0; n < rows; n += N) panel<VECTORS, N>(x + q * L * length + k * L, block + n * LD, LD, count, y + n * ldy + (q - begin) * L, ldy, c == 0);
     }
-    for (int64_t m = begin * L; m < std::min(end * L, p.m); m += LANES)
-      for (int64_t n = 0; n < rows; n++)
-        for (int64_t l = m; l < std::min(m + LANES, p.m); l++) p.y[l * w.rows + first + n] = y[n * ldy + l - begin * L];
+    for (int64_t m = begin * L; m < std::min(end * L, p.m); m++)
+      for (int64_t n = 0; n < rows; n++) p.y[m * w.rows + first + n] = y[n * ldy + m - begin * L];
   });
 }
 

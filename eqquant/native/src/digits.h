@@ -226,16 +226,18 @@ template <class W, int D, int VECTORS, int N> bool many_by_digits(const Problem&
           const int64_t m = q * ROWS + h, left = std::min<int64_t>(p.m - m, LANES);
           if (left <= 0) break;
           const __m512 unit = _mm512_loadu_ps(units + m);
-          for (int j = 0; j < N && n + j < last; j++) {
+          alignas(64) float y[N][LANES];
+          const int64_t columns = std::min<int64_t>(N, last - n);
+          for (int64_t j = 0; j < columns; j++) {
             __m512 sum = _mm512_setzero_ps();
             for (int d = 0; d < D; d++) {
               const __m512i low = _mm512_mullo_epi32(_mm512_loadu_si512(sums + (q * D + d) * ROWS + h), _mm512_set1_epi32(W::LOW));
               sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(BASE), _mm512_cvtepi32_ps(_mm512_add_epi32(acc[j][D > 1 ? d : h / LANES], low)));
             }
-            alignas(64) float y[LANES];
-            _mm512_store_ps(y, _mm512_mul_ps(_mm512_mul_ps(sum, unit), _mm512_set1_ps(*w.scales_of(n + j))));
-            for (int64_t l = 0; l < left; l++) p.y[(m + l) * w.rows + n + j] = y[l];
+            _mm512_store_ps(y[j], _mm512_mul_ps(_mm512_mul_ps(sum, unit), _mm512_set1_ps(*w.scales_of(n + j))));
           }
+          for (int64_t l = 0; l < left; l++)  // whole pieces of rows: those of 16 rows may share one set of the cache
+            for (int64_t j = 0; j < columns; j++) p.y[(m + l) * w.rows + n + j] = y[j][l];
         }
       }
   });

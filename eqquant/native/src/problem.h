@@ -14,10 +14,6 @@ enum class Code : int64_t {
   e5m2,     // one float8
 };
 
-constexpr int numbers_in_byte(Code code) {
-  return code == Code::nibbles ? 2 : code == Code::ternary ? 5 : code == Code::bits ? 8 : 1;
-}
-
 // A matrix as it is stored: `rows` rows of `bytes` bytes, for `height` rows of `length` numbers. It is packed along its
 // rows, or down its columns: there, a tile of `tile` numbers lies in `stored` bytes, planar: place p of byte j of a
 // tile holds its number p * stored + j. Number (r, k) of the matrix is its level times scales[r / row_block][k / block].
